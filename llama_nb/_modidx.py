@@ -118,4 +118,9 @@ d = { 'settings': { 'branch': 'main',
                                             'llama_nb.model.transformer.init_weights': ( 'model.transformer.html#init_weights',
                                                                                          'llama_nb/model/transformer.py'),
                                             'llama_nb.model.transformer.next_positions': ( 'model.transformer.html#next_positions',
-                                                                                           'llama_nb/model/transformer.py')}}}
+                                                                                           'llama_nb/model/transformer.py')},
+            'llama_nb.train.loss': { 'llama_nb.train.loss.bits_per_byte': ('train.loss.html#bits_per_byte', 'llama_nb/train/loss.py'),
+                                     'llama_nb.train.loss.check_shapes': ('train.loss.html#check_shapes', 'llama_nb/train/loss.py'),
+                                     'llama_nb.train.loss.loss_sum': ('train.loss.html#loss_sum', 'llama_nb/train/loss.py'),
+                                     'llama_nb.train.loss.next_token_loss': ('train.loss.html#next_token_loss', 'llama_nb/train/loss.py'),
+                                     'llama_nb.train.loss.position_losses': ('train.loss.html#position_losses', 'llama_nb/train/loss.py')}}}
