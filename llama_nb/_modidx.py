@@ -123,4 +123,8 @@ d = { 'settings': { 'branch': 'main',
                                      'llama_nb.train.loss.check_shapes': ('train.loss.html#check_shapes', 'llama_nb/train/loss.py'),
                                      'llama_nb.train.loss.loss_sum': ('train.loss.html#loss_sum', 'llama_nb/train/loss.py'),
                                      'llama_nb.train.loss.next_token_loss': ('train.loss.html#next_token_loss', 'llama_nb/train/loss.py'),
-                                     'llama_nb.train.loss.position_losses': ('train.loss.html#position_losses', 'llama_nb/train/loss.py')}}}
+                                     'llama_nb.train.loss.position_losses': ('train.loss.html#position_losses', 'llama_nb/train/loss.py')},
+            'llama_nb.train.optim': { 'llama_nb.train.optim.clip_grad_norm': ('train.optim.html#clip_grad_norm', 'llama_nb/train/optim.py'),
+                                      'llama_nb.train.optim.cosine_lr': ('train.optim.html#cosine_lr', 'llama_nb/train/optim.py'),
+                                      'llama_nb.train.optim.make_optimizer': ('train.optim.html#make_optimizer', 'llama_nb/train/optim.py'),
+                                      'llama_nb.train.optim.set_lr': ('train.optim.html#set_lr', 'llama_nb/train/optim.py')}}}
