@@ -22,7 +22,7 @@ class Document:
     metadata:dict=field(default_factory=dict)    # source, licence, address, ...
 
 # %% ../../nbs/11_data.documents.ipynb #stdlib
-_LEFT_OUT = {'test', 'tests', 'idle_test', 'lib2to3', 'site-packages', 'dist-packages', '__pycache__'}
+_LEFT_OUT = {'test', 'tests', 'idle_test', 'lib2to3', 'encodings', 'pydoc_data', 'site-packages', 'dist-packages', '__pycache__'}
 
 def stdlib_documents()->Iterator[Document]:
     "Sources of the running Python's standard library, in the order of their names"

@@ -79,7 +79,7 @@ def plot_loss(rows:list[dict], # as from `read_metrics`
     from matplotlib.figure import Figure                    # not pyplot: needs no display, leaves no state
     ax = (fig := Figure(figsize=(7, 3.2), layout='constrained')).subplots()
     tokens, losses, mean = [r['tokens'] for r in rows], [r['loss'] for r in rows], []
-    for i, loss in enumerate(losses): mean.append(loss if i == 0 else mean[-1] + max(.05, 1/(i+1))*(loss - mean[-1]))
+    for i, loss in enumerate(losses): mean.append(loss if i == 0 else mean[-1] + max(.1, 1/(i+1))*(loss - mean[-1]))
     ax.plot(tokens, losses, lw=.5, alpha=.5, color='C0'); ax.plot(tokens, mean, color='C0', label='training')
     measured = [(r['tokens'], r['held_out_loss']) for r in rows if 'held_out_loss' in r]
     if measured: ax.plot(*zip(*measured), 'o-', ms=3, color='C1', label='held out')
@@ -100,13 +100,15 @@ def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     return Loader(shards, c.seq_len, c.batch_size, config.train.seed), held_out
 
 # %% ../../nbs/61_train.trainer.ipynb #open-folder
-def open_folder(config:RunConfig)->Path:
-    "Create the run's folder, or check that the one that is there belongs to `config`; raises `UserError` if not"
+def open_folder(config:RunConfig, shards:TokenShards)->Path:
+    "Create the run's folder with configuration and tokenizer, or check that the one that is there belongs to `config`; raises `UserError` if not"
     out, path = Path(config.out), Path(config.out)/'config.toml'
     if path.exists():
         if changed := differences(load_run(path), config):
             raise UserError(f'{out} holds a run with another configuration ({"; ".join(changed)}); choose another --out or remove it')
-    else: write_atomic(path, dump_run(config))
+    else:
+        write_atomic(out/'tokenizer.model', (shards.folder/'tokenizer.model').read_bytes())
+        write_atomic(path, dump_run(config))
     return out
 
 # %% ../../nbs/61_train.trainer.ipynb #evaluate
@@ -152,7 +154,7 @@ class Trainer:
         if c.attention != 'auto': choose(BACKENDS, c.attention, 'attention backend')
         if problem := backend_problem(c.attention, self.device.type): raise UserError(f'attention backend {c.attention!r} cannot run: {problem}')
         self.loader, self.held_out = open_data(config)
-        self.out = open_folder(config)
+        self.out = open_folder(config, self.loader.shards)
         torch.manual_seed(c.seed)
         self.model = LLaMA(config.model).to(self.device)
         for layer in self.model.layers: layer.attention.backend = c.attention
