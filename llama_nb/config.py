@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FREE_SETTINGS', 'ffn_width', 'ModelConfig', 'parameter_table', 'OptimConfig', 'DataConfig', 'TrainConfig',
-           'RunConfig', 'setting_names', 'load_run', 'dump_run', 'differences']
+           'RunConfig', 'setting_names', 'parse_flags', 'load_run', 'dump_run', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
 import contextlib, io, tomllib
@@ -176,21 +176,29 @@ def _toml_settings(path)->dict:
         if kind is not str and isinstance(value, str): raise UserError(f'{path}: {key} must be of type {kind.__name__}, not the text {value!r}')
     return flat
 
+# %% ../nbs/01_config.ipynb #parse-flags
+def parse_flags(cls,           # a dataclass
+                args,          # '--train.steps', '100', ...
+                prog:str='llama-nb', # name of the command, for the help
+               ):              # an instance of `cls`
+    "Read a dataclass from command-line settings. Raises `UserError` in one line; `--help` prints and leaves"
+    for a in args:
+        if a.startswith('--') and a != '--help': choose(setting_names(cls), a[2:].split('=')[0].replace('-', '_'), 'setting')
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown): return tyro.cli(cls, args=list(args), prog=prog)
+    except SystemExit as e:
+        if e.code in (0, None): raise
+        raise UserError(f'{_first_words(shown.getvalue())}; see {prog} --help') from None
+
 # %% ../nbs/01_config.ipynb #load-run
 def load_run(path='',  # a TOML file, or nothing
              args=(),  # command-line settings: '--train.steps', '100', ...
             )->RunConfig:
     "Read a run's configuration; settings in `args` win. Raises `UserError` for an unknown key or a wrong type"
     settings = _toml_settings(path) if path else {}
-    for a in args:
-        if a.startswith('--') and a not in ('--help', '-h'): choose(setting_names(), a[2:].split('=')[0].replace('-', '_'), 'setting')
     flags = [s for key, value in settings.items() for s in (f'--{key}', str(value))]
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown): return tyro.cli(RunConfig, args=[*flags, *args], prog='llama-nb train RUN.toml')
-    except SystemExit as e:
-        if e.code in (0, None): raise
-        raise UserError(_first_words(shown.getvalue())) from None
+    return parse_flags(RunConfig, [*flags, *args], 'llama-nb train RUN.toml')
 
 # %% ../nbs/01_config.ipynb #first-words
 def _first_words(box:str)->str:

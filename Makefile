@@ -1,0 +1,51 @@
+# Two commands: `make toy` trains and samples a small LLaMA, `make test` runs all tests.
+# Each makes .venv by itself. Settings: PYTHON=python3.12, and on Linux without a GPU
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu for a PyTorch of 200 MB instead of several GB.
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := /bin/bash
+
+.PHONY: help toy test notebooks prepare docs clean
+
+help:
+	@echo 'make toy       train and sample a small LLaMA on the text of your own Python (minutes)'
+	@echo 'make test      export, notebooks and tests (minutes)'
+	@echo 'make prepare   after editing a notebook: clean, export, README'
+	@echo 'make docs      all pages as HTML in _docs'
+	@echo 'make clean     remove .venv and what the tools leave behind; runs/ stays'
+
+toy: .venv/installed
+	$(BIN)/llama-nb toy --out runs/toy
+
+test: notebooks
+	$(BIN)/python -m pytest tests
+
+notebooks: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+
+prepare: .venv/installed-dev
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/readme.py
+
+docs: .venv/installed-dev
+	$(BIN)/python tools/docs.py
+
+clean:
+	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'llama_nb needs Python 3.11 or later; say which: make PYTHON=python3.11 ...'; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo 'could not make .venv; on Debian and Ubuntu first: apt install python3-venv'; exit 1; }
+	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install --index-url "$(TORCH_INDEX)" 'torch>=2.10,<2.14'; fi
+
+.venv/installed: .venv/bin/python settings.ini setup.py
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+.venv/installed-dev: .venv/bin/python settings.ini setup.py
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch .venv/installed $@

@@ -1,0 +1,116 @@
+"The repository as a whole: nothing differs from what the notebooks export, and imports point one way."
+import ast, os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+IGNORED = shutil.ignore_patterns('.venv', '.git', 'runs', '__pycache__', '*.egg-info', '_docs', '_proc', '.pytest_cache', '.ipynb_checkpoints', 'build', 'dist')
+
+def run(*args, cwd, **env):
+    "Run a command in a folder; its exit code and output"
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, 'PYTHONPATH': str(cwd), **env}, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+def copy_of(root, to):
+    shutil.copytree(root, to, ignore=IGNORED)
+    return to
+
+def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts}
+
+def drift(root, tmp):
+    "Files that clean, export from nothing and the README builder would change, add or leave without a source"
+    work = copy_of(root, tmp/'work')
+    shutil.rmtree(work/'llama_nb')
+    for tool in ('nbdev_clean', 'nbdev_export'):
+        code, text = run(BIN/tool, cwd=work)
+        assert code == 0, text
+    code, text = run(sys.executable, work/'tools'/'readme.py', cwd=work)
+    assert code == 0, text
+    made, there = files(work), files(copy_of(root, tmp/'there'))
+    return sorted(name for name in made.keys() | there.keys() if made.get(name) != there.get(name))
+
+def test_export_leaves_no_difference(tmp_path):
+    assert drift(ROOT, tmp_path) == [], 'run `make prepare` and commit the result'
+
+def test_drift_is_seen(tmp_path):
+    "An edited module, an orphan and a stale README are all found"
+    broken = copy_of(ROOT, tmp_path/'broken')
+    with open(broken/'llama_nb'/'core.py', 'a') as f: f.write('\n# edited by hand\n')
+    (broken/'llama_nb'/'orphan.py').write_text('x = 1\n')
+    (broken/'README.md').write_text('old\n')
+    assert drift(broken, tmp_path) == ['README.md', 'llama_nb/core.py', 'llama_nb/orphan.py']
+
+# --- a failing notebook fails the run -----------------------------------------------------------
+
+def project(tmp, *sources):
+    "A project with one notebook of the given code cells"
+    import nbformat
+    (tmp/'nbs').mkdir(parents=True); shutil.copy(ROOT/'settings.ini', tmp)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), tmp/'nbs'/'00_x.ipynb')
+    return tmp
+
+@pytest.mark.parametrize('sources, fails', [
+    (('#| default_exp x', '#| export\ndef f(): return 1', 'assert f() == 1'), False),
+    (('#| default_exp x', '#| export\ndef f(): return 1', 'assert f() == 2'), True),
+    (('#| default_exp x', '#| hide\nraise ValueError("hidden, and still run")'), True)])
+def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
+    code, text = run(BIN/'nbdev_test', '--n_workers', '0', cwd=project(tmp_path/'p', *sources))
+    assert (code != 0) == fails, text
+
+# --- imports point one way ----------------------------------------------------------------------
+
+BELOW = {'core': [], 'config': ['core'], 'data': ['core', 'config'], 'model': ['core', 'config']}
+BELOW['parallel'] = [*BELOW['model'], 'model']
+BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data']
+BELOW |= {'infer': ['core', 'config', 'data', 'model'], 'eval': ['core', 'config', 'data', 'model', 'infer'], 'interop': ['core', 'config', 'data', 'model'],
+          'scale': [*BELOW['train'], 'train']}
+TOP = {'toy', 'cli', '__main__'}
+FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers', 'pytest', 'nbformat', 'nbclient', 'nbconvert'}
+
+def modules(root): return [p for p in sorted((root/'llama_nb').rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
+
+def imported(path, root):
+    "Absolute names of everything a module imports, relative ones resolved"
+    package = path.relative_to(root).with_suffix('').parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(package[:len(package) - node.level + 1]) if node.level else ''
+            yield '.'.join(filter(None, (base, node.module)))
+
+def against_the_stream(root):
+    "'train.loss -> infer.generate' for each import that points the wrong way, or outside what is allowed"
+    found = []
+    for path in modules(root):
+        parts = path.relative_to(root/'llama_nb').with_suffix('').parts
+        for name in imported(path, root):
+            words = name.split('.')
+            if words[0] in FOREIGN: found.append(f'{".".join(parts)} -> {name}')
+            if words[0] != 'llama_nb' or len(words) == 1 or parts[0] in TOP or words[1] == parts[0]: continue
+            if words[1] not in BELOW[parts[0]]: found.append(f'{".".join(parts)} -> {".".join(words[1:])}')
+    return found
+
+def test_imports_point_one_way():
+    assert len(modules(ROOT)) > 10
+    assert against_the_stream(ROOT) == []
+
+def test_a_wrong_import_is_seen(tmp_path):
+    broken = copy_of(ROOT, tmp_path/'broken')
+    with open(broken/'llama_nb'/'model'/'norm.py', 'a') as f: f.write('\nfrom ..train.loss import next_token_loss\nimport fastcore.all\n')
+    assert against_the_stream(broken) == ['model.norm -> train.loss', 'model.norm -> fastcore.all']
+
+def test_package_needs_no_notebook_tools():
+    "Everything imports where nbdev, fastcore, jupyter and the judges of the tests are not installed"
+    names = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in modules(ROOT) if p.name != '__main__.py']
+    code = f'''
+import sys, importlib
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {FOREIGN - {'notebook'}!r}: raise ImportError(f'{{name}} is not for the package')
+sys.meta_path.insert(0, Block())
+for name in {names!r}: importlib.import_module(name)
+assert not any(m.split('.')[0] == 'xformers' for m in sys.modules), 'xformers is looked up on first use only'
+'''
+    status, text = run(sys.executable, '-c', code, cwd=ROOT)
+    assert status == 0, text
