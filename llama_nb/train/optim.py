@@ -14,8 +14,8 @@ from ..config import OptimConfig
 from ..core import UserError
 
 # %% ../../nbs/41_train.optim.ipynb #make-optimizer
-def make_optimizer(model:nn.Module,
-                   config:OptimConfig,
+def make_optimizer(model:nn.Module,    # its parameters stand where they will be trained
+                   config:OptimConfig, # peak rate, betas, eps, weight decay
                   )->torch.optim.AdamW:
     "AdamW as in section 2.3; matrices decay, gains do not; fused on CPU and CUDA"
     params = [p for p in model.parameters() if p.requires_grad]
@@ -33,16 +33,18 @@ def clip_grad_norm(parameters:Iterable[nn.Parameter],
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 # %% ../../nbs/41_train.optim.ipynb #cosine-lr
-def cosine_lr(step:int,          # 0 .. total_steps-1
-              config:OptimConfig,
-              total_steps:int,
-             )->float:           # learning rate of that step
+def cosine_lr(step:int,           # 0 .. total_steps-1; later steps keep the last rate
+              config:OptimConfig, # lr is the peak
+              total_steps:int,    # of the run, warm-up included
+             )->float:            # learning rate of that step
     "Linear warm-up, then a cosine to `min_lr_ratio` of the peak at the last step (section 2.3)"
     if step < config.warmup_steps: return config.lr*(step + 1)/config.warmup_steps
     done = min((step - config.warmup_steps + 1)/max(total_steps - config.warmup_steps, 1), 1.)
     low = config.min_lr_ratio
     return config.lr*(low + (1 - low)*(1 + math.cos(math.pi*done))/2)
 
-def set_lr(optimizer:torch.optim.Optimizer, lr:float):
+def set_lr(optimizer:torch.optim.Optimizer,
+           lr:float, # of the next step
+          ):
     "Set the learning rate of every group"
     for group in optimizer.param_groups: group['lr'] = lr

@@ -1,0 +1,79 @@
+"What the tests share: a small prepared data set, and a way to run the command line as a process."
+import os, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+def command(*args): return [sys.executable, '-m', 'llama_nb', *map(str, args)]
+
+@pytest.fixture(scope='session')
+def llama_nb():
+    "Run `llama-nb ...` to its end: (exit code, stdout, stderr)"
+    def run(*args, preexec_fn=None):
+        done = subprocess.run(command(*args), env=ENV, capture_output=True, text=True, timeout=240, preexec_fn=preexec_fn)
+        return done.returncode, done.stdout, done.stderr
+    return run
+
+@pytest.fixture(scope='session')
+def start():
+    "Start `llama-nb ...`; the test ends it"
+    return lambda *args: subprocess.Popen(command(*args), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope='session')
+def wait_for():
+    "Wait until `true()` is true, at most a minute"
+    def wait(true, process, seconds=60):
+        end = time.monotonic() + seconds
+        while not true():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end, 'nothing happened in time'
+            time.sleep(.02)
+    return wait
+
+RUN = '''
+out = "{out}"
+[model]
+dim = 64
+n_layers = 2
+n_heads = 4
+vocab_size = 400
+multiple_of = 16
+max_seq_len = 64
+[data]
+train = "{tokens}/train"
+held_out = "{tokens}/held_out"
+seq_len = 64
+batch_size = 8
+[train]
+steps = {steps}
+micro_batch_size = 4
+device = "cpu"
+eval_every = 1000
+save_every = {save_every}
+[optim]
+lr = 3e-3
+warmup_steps = 2
+'''
+
+@pytest.fixture(scope='session')
+def tokens(tmp_path_factory):
+    "A folder with a tokenizer and shards of Python's help texts"
+    from llama_nb.data.documents import split_documents, topic_documents
+    from llama_nb.data.shards import write_shards
+    from llama_nb.data.tokenizer import train_tokenizer
+    folder = tmp_path_factory.mktemp('tokens')
+    train, held_out = split_documents(topic_documents(), .1)
+    tokenizer = train_tokenizer((d.text for d in train), folder/'tokenizer.model', 400)
+    write_shards(train, tokenizer, folder/'train'); write_shards(held_out, tokenizer, folder/'held_out')
+    return folder
+
+@pytest.fixture
+def run_file(tmp_path, tokens):
+    "Write a run file with the given number of steps; its path"
+    def write(steps, save_every=1000, name='run'):
+        path = tmp_path/f'{name}.toml'
+        path.write_text(RUN.format(out=(tmp_path/name).as_posix(), tokens=tokens.as_posix(), steps=steps, save_every=save_every))
+        return path
+    return write
