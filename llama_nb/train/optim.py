@@ -28,7 +28,7 @@ def make_optimizer(model:nn.Module,    # its parameters stand where they will be
 def clip_grad_norm(parameters:Iterable[nn.Parameter],
                    max_norm:float, # longest gradient, over all parameters together
                   )->Tensor:       # scalar, the norm before clipping
-    "Scale all gradients by one factor so that their common norm is at most `max_norm` (Pascanu et al. 2013)"
+    "Scale all gradients by one factor so that their common norm is at most `max_norm` (Pascanu et al. 2013). Raises `UserError` for a limit that is not positive"
     if not max_norm > 0: raise UserError(f'max_grad_norm must be above 0, not {max_norm}; use inf for no clipping')
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
