@@ -44,7 +44,7 @@ class Loader:
                  seq_len:int,    # t
                  batch_size:int, # b, sequences in a batch over all ranks
                  seed:int=0):
-        self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
+        self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, int(seed)
         self.n_sequences = (shards.n_tokens - 1)//seq_len
         if self.n_sequences < 1: raise UserError(f'{shards.folder} has {shards.n_tokens} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len')
 
@@ -73,3 +73,5 @@ def check_loader_state(loader:Loader, state:dict):
     now = loader_state(loader, state.get('batch', 0))
     changed = [f'{k} {str(state.get(k))[:12]} -> {str(v)[:12]}' for k, v in now.items() if state.get(k) != v]
     if changed: raise UserError(f'the checkpoint was made with other data ({"; ".join(changed)}); give it back its data, or begin a new run')
+
+Loader.state, Loader.check_state = loader_state, check_loader_state

@@ -6,8 +6,9 @@
 __all__ = ['token_dtype', 'document_tokens', 'write_shards', 'TokenShards', 'verify_shards', 'document_of']
 
 # %% ../../nbs/21_data.shards.ipynb #imports
-import json, shutil, tempfile
+import errno, json, shutil, tempfile
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from ..core import UserError, bytes_digest, file_digest, publish_folder
@@ -31,7 +32,7 @@ def _write_shard(folder:Path, number:int, docs:Iterable, tokenizer, limit:int)->
             f.write(tokens.tobytes())
             total += len(tokens); n_bytes += len(doc.text.encode()); ends.append(total); ids.append(json.dumps(doc.id))
             if total >= limit: break
-    np.array(ends, dtype='<u8').tofile(folder/f'{name}.index')
+    (folder/f'{name}.index').write_bytes(np.array(ends, dtype='<u8').tobytes())
     (folder/f'{name}.ids').write_text(''.join(i + '\n' for i in ids), encoding='utf-8')
     (folder/f'{name}.metadata').write_text(f'tokenizer.model|{token_dtype(tokenizer.vocab_size).itemsize}\n{total}\n{total/1e9:.3f} GT', encoding='utf-8')
     return {'name': name, 'tokens': total, 'documents': len(ends), 'bytes': n_bytes}
@@ -49,7 +50,8 @@ def _write_folder(folder:Path, docs:Iterable, tokenizer, limit:int):
     for p in folder.glob(f'{len(shards):05}.ds*'): p.unlink()           # begun when documents were at an end
     shutil.copyfile(tokenizer.path, folder/'tokenizer.model')
     files = {p.name: {'bytes': p.stat().st_size, 'sha256': file_digest(p)} for p in sorted(folder.iterdir())}
-    manifest = {'format': 'llama_nb token shards 1', 'vocab_size': tokenizer.vocab_size, 'tokenizer_sha256': tokenizer.digest, 'shards': shards, 'files': files}
+    manifest = {'format': 'llama_nb token shards 1', 'tokens_per_shard': limit, 'vocab_size': tokenizer.vocab_size,
+                'tokenizer_sha256': tokenizer.digest, 'shards': shards, 'files': files}
     (folder/'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n', encoding='utf-8')
 
 # %% ../../nbs/21_data.shards.ipynb #write-shards
@@ -58,7 +60,7 @@ def write_shards(docs:Iterable,                # of Document
                  folder,                       # must not exist yet
                  tokens_per_shard:int=2**26,   # a shard is closed when it has so many
                 )->'TokenShards':
-    "Tokenise `docs` into a new folder of shards. Raises `UserError` for an empty corpus or a folder that is there; nothing is left behind by a failure"
+    "Tokenise `docs` into a new folder of shards. Raises `UserError` for an empty corpus, a folder that is there or a full disk; a failure leaves nothing behind"
     folder = Path(folder)
     if folder.exists(): raise UserError(f'{folder} is there already; remove it or choose another folder')
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,10 @@ def write_shards(docs:Iterable,                # of Document
         _write_folder(tmp, docs, tokenizer, tokens_per_shard)
         tmp.chmod(0o755)
         publish_folder(tmp, folder)
-    except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
+    except BaseException as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if getattr(e, 'errno', None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise UserError(f'no room for {folder} ({e.strerror}); nothing of it is left: free some space, or choose another disk') from None
     return TokenShards(folder)
 
 # %% ../../nbs/21_data.shards.ipynb #token-shards
@@ -77,13 +82,15 @@ class TokenShards:
         self.folder = Path(folder)
         try: raw = (self.folder/'manifest.json').read_bytes()
         except OSError: raise UserError(f'{folder} holds no token shards (no manifest.json); make them with `llama-nb data`') from None
-        try: self.manifest = json.loads(raw); shards, files = self.manifest['shards'], self.manifest['files'].items()
-        except (ValueError, KeyError, TypeError): raise UserError(f'{folder}/manifest.json is damaged; write the shards again') from None
-        for name, made in files: self._check_size(self.folder/name, made['bytes'])
-        self.digest, self.vocab_size, self.tokenizer_digest = bytes_digest(raw), self.manifest['vocab_size'], self.manifest['tokenizer_sha256']
-        self.n_tokens, self.n_documents, self.n_bytes = (sum(s[k] for s in shards) for k in ('tokens', 'documents', 'bytes'))
-        self._starts = np.cumsum([0] + [s['tokens'] for s in shards])
-        self._maps = [np.memmap(self.folder/s['name'], dtype=token_dtype(self.vocab_size), mode='r') for s in shards]
+        try:
+            self.manifest = made = json.loads(raw)
+            self.vocab_size, self.tokenizer_digest, shards = made['vocab_size'], made['tokenizer_sha256'], made['shards']
+            self.n_tokens, self.n_documents, self.n_bytes = (sum(s[k] for s in shards) for k in ('tokens', 'documents', 'bytes'))
+            sizes = {name: entry['bytes'] for name, entry in made['files'].items()}
+        except (ValueError, KeyError, TypeError, AttributeError): raise UserError(f'{folder}/manifest.json is damaged; write the shards again') from None
+        for name, size in sizes.items(): self._check_size(self.folder/name, size)
+        self.digest, self._starts = bytes_digest(raw), np.cumsum([0] + [s['tokens'] for s in shards])
+        self._map = lru_cache(64)(lambda i: np.memmap(self.folder/shards[i]['name'], dtype=token_dtype(self.vocab_size), mode='r'))
 
     def _check_size(self, path:Path, wanted:int):
         size = path.stat().st_size if path.is_file() else 0
@@ -92,9 +99,12 @@ class TokenShards:
     def read(self, start:int, stop:int)->np.ndarray: # (stop-start,) unsigned ids
         "Tokens `start` to `stop` of the whole row. Raises `IndexError` beyond its ends"
         if not 0 <= start <= stop <= self.n_tokens: raise IndexError(f'tokens {start}..{stop} of {self.n_tokens}')
-        first, last = np.searchsorted(self._starts, (start, max(stop - 1, start)), side='right') - 1
-        parts = [self._maps[i][max(start - self._starts[i], 0):stop - self._starts[i]] for i in range(first, min(last, len(self._maps) - 1) + 1)]
-        return np.concatenate(parts) if parts else np.empty(0, token_dtype(self.vocab_size))
+        first, last = (int(i) for i in np.searchsorted(self._starts, (start, stop - 1), side='right') - 1)
+        out = np.empty(stop - start, token_dtype(self.vocab_size))
+        for i in range(first, last + 1):
+            begin, lo, hi = self._starts[i], max(start, self._starts[i]), min(stop, self._starts[i+1])
+            out[lo-start:hi-start] = self._map(i)[lo-begin:hi-begin]
+        return out
 
 # %% ../../nbs/21_data.shards.ipynb #verify
 def verify_shards(shards:TokenShards):
@@ -111,3 +121,5 @@ def document_of(shards:TokenShards,
     path = shards.folder/shards.manifest['shards'][i]['name']
     number = int(np.searchsorted(np.fromfile(f'{path}.index', dtype='<u8'), position - shards._starts[i], side='right'))
     return json.loads(Path(f'{path}.ids').read_text(encoding='utf-8').splitlines()[number])
+
+TokenShards.verify, TokenShards.document_of = verify_shards, document_of
