@@ -27,7 +27,7 @@ from .train.trainer import Trainer, fit
 class Toy:
     "Train and sample a small LLaMA on the text of your own Python, in minutes"
     out:str='runs/toy'    # the run's folder; started again, it goes on
-    steps:int=1300        # optimiser steps of 1,024 tokens
+    steps:int=1500        # optimiser steps of 1,024 tokens
     seed:int=0            # of the weights and of the order of the text
     device:str='auto'     # auto, cpu, cuda, mps
 

@@ -95,7 +95,7 @@ def prepare(out,               # the run's folder
 
 # %% ../nbs/98_toy.ipynb #toy-config
 def toy_config(out,           # the run's folder
-               steps:int=1300,
+               steps:int=1500,
                seed:int=0,
                device:str='auto',
                model=PRESETS['toy'],

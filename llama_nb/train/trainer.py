@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['accumulate', 'flops_per_token', 'read_metrics', 'Metrics', 'plot_loss', 'open_data', 'open_folder', 'evaluate',
-           'stop_on_signal', 'Trainer', 'train_step', 'save', 'resume', 'fit', 'timed_step', 'checkpoint']
+           'stop_on_signal', 'keep_freed_memory', 'Trainer', 'train_step', 'save', 'resume', 'fit', 'timed_step',
+           'checkpoint']
 
 # %% ../../nbs/61_train.trainer.ipynb #imports
-import io, json, math, os, signal, threading, time
+import ctypes, io, json, math, os, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -145,6 +146,14 @@ def stop_on_signal():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
+# %% ../../nbs/61_train.trainer.ipynb #keep-freed-memory
+def keep_freed_memory()->bool: # whether the C library is one that can
+    "Tell glibc to keep freed memory for the next step instead of returning it to the system; holds for the whole process"
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False       # not glibc
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3            # malloc.h
+    return all([mallopt(mmap_threshold, 2**30), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**26)])
+
 # %% ../../nbs/61_train.trainer.ipynb #trainer
 class Trainer:
     "One run of `config`, at the step where its folder left off. Raises `UserError` where configuration, data and folder do not fit"
@@ -155,6 +164,7 @@ class Trainer:
         if problem := backend_problem(c.attention, self.device.type): raise UserError(f'attention backend {c.attention!r} cannot run: {problem}')
         self.loader, self.held_out = open_data(config)
         self.out = open_folder(config, self.loader.shards)
+        if self.device.type == 'cpu': keep_freed_memory()
         torch.manual_seed(c.seed)
         self.model = LLaMA(config.model).to(self.device)
         for layer in self.model.layers: layer.attention.backend = c.attention
