@@ -1,11 +1,14 @@
 "All notebooks as static HTML pages in _docs, each with links to its neighbours. Needs nbconvert only."
 import html, re, shutil
+from configparser import ConfigParser
 from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT/'_docs'
+SETTINGS = ConfigParser(delimiters=['=']); SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
+SOURCE = SETTINGS['DEFAULT']['git_url'] + '/blob/main/'
 
 def without_machinery(nb):
     "Drop hidden cells, and the directive lines of the others"
@@ -24,7 +27,7 @@ def main():
     exporter = HTMLExporter()
     for i, page in enumerate(pages):
         body, _ = exporter.from_notebook_node(without_machinery(nbformat.read(page, as_version=4)))
-        body = re.sub(r'href="([\w.]+)\.ipynb', r'href="\1.html', body).replace('src="../', 'src="')
+        body = re.sub(r'href="([\w.]+)\.ipynb', r'href="\1.html', body).replace('src="../', 'src="').replace('href="../', f'href="{SOURCE}')
         nav = navigation(pages, i)
         (OUT/f'{page.stem}.html').write_text(re.sub(r'(<body[^>]*>)', lambda m: m[1] + nav, body, count=1).replace('</body>', nav + '</body>'), encoding='utf-8')
         print(f'_docs/{page.stem}.html')
