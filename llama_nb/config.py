@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'FREE_SETTINGS', 'ffn_width', 'ModelConfig', 'parameter_ta
            'RunConfig', 'setting_names', 'parse_flags', 'load_run', 'dump_run', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
-import contextlib, io, tomllib
+import contextlib, io, re, tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 import tomli_w, tyro
@@ -189,7 +189,8 @@ def parse_flags(cls,           # a dataclass
         with contextlib.redirect_stderr(shown): return tyro.cli(cls, args=list(args), prog=prog)
     except SystemExit as e:
         if e.code in (0, None): raise
-        raise UserError(f'{_first_words(shown.getvalue())}; see {prog} --help') from None
+        problem = re.sub(r'^Error parsing [a-zA-Z]\w*: ', '', _first_words(shown.getvalue()))     # our own checks need no preface
+        raise UserError(f'{problem}; see {prog} --help') from None
 
 # %% ../nbs/01_config.ipynb #load-run
 def load_run(path='',  # a TOML file, or nothing
