@@ -104,6 +104,7 @@ class DataConfig:
     held_out:str=''           # folder of token shards to measure on; none if empty
     seq_len:int=2048          # t, tokens in a sequence
     batch_size:int=2048       # sequences in one optimiser step (2048 x 2048 = 4M tokens, Table 2)
+    documents:str='cross'     # cross: attention sees earlier documents of the sequence; separate: it does not
 
     def __post_init__(self): _check_fields(self)
 
@@ -117,6 +118,7 @@ class TrainConfig:
     device:str='auto'         # auto, cpu, cuda, cuda:1, mps
     dtype:str='float32'       # type of the computation: float32 or bfloat16; weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers
+    compile:str='off'         # off, or blocks: torch.compile for each block
     eval_every:int=250        # steps between measurements on the held-out text
     eval_sequences:int=64     # held-out sequences in such a measurement
     save_every:int=500        # steps between checkpoints
@@ -219,7 +221,7 @@ def dump_run(config:RunConfig)->str: # TOML text
     return tomli_w.dumps({k: table[k] for k in order})
 
 # %% ../nbs/01_config.ipynb #differences
-FREE_SETTINGS = {'out', 'train.device', 'train.eval_every', 'train.eval_sequences', 'train.save_every', 'train.keep', 'train.peak_flops'}
+FREE_SETTINGS = {'out', 'train.device', 'train.compile', 'train.eval_every', 'train.eval_sequences', 'train.save_every', 'train.keep', 'train.peak_flops'}
 
 def differences(old:RunConfig, new:RunConfig)->list[str]: # 'train.steps: 10 -> 20'
     "Settings that make `new` another experiment than `old`"

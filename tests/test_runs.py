@@ -95,3 +95,23 @@ def test_output_may_be_closed_early(tmp_path, start):
     process = start('--help')
     process.stdout.close()
     assert process.wait(60) in (0, 120, 141) and 'Traceback' not in process.stderr.read()
+
+def test_compiled_blocks_train_the_same(tmp_path, run_file, llama_nb):
+    plain, compiled = run_file(4, name='plain'), run_file(4, name='compiled')
+    assert llama_nb('train', plain)[0] == 0
+    status, _, err = llama_nb('train', compiled, '--train.compile', 'blocks')
+    assert status == 0, err
+    for a, b in zip(metrics(tmp_path/'plain'), metrics(tmp_path/'compiled')):
+        assert abs(a['loss']/b['loss'] - 1) < 1e-4 and abs(a['grad_norm']/b['grad_norm'] - 1) < 1e-3     # other kernels round otherwise
+    status, _, err = llama_nb('train', compiled, '--train.compile', 'all')
+    assert status == 2 and "(there are: off, blocks)" in err
+
+def test_separate_documents_train_and_resume(tmp_path, run_file, llama_nb):
+    path = run_file(4, name='separate')
+    path.write_text(path.read_text().replace('batch_size = 8\n', 'batch_size = 8\ndocuments = "separate"\n', 1))
+    assert llama_nb('train', path)[0] == 0
+    other = run_file(4, name='cross')
+    assert llama_nb('train', other)[0] == 0
+    assert metrics(tmp_path/'separate')[-1]['loss'] != metrics(tmp_path/'cross')[-1]['loss']
+    status, _, err = llama_nb('train', path, '--data.documents', 'cross')
+    assert status == 2 and 'data.documents' in err
