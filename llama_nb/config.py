@@ -118,6 +118,7 @@ class TrainConfig:
     device:str='auto'         # auto, cpu, cuda, cuda:1, mps
     dtype:str='float32'       # type of the computation: float32 or bfloat16; weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers
+    recompute:str='none'      # what blocks keep for the backward pass: none (everything), full, linear, manual
     compile:str='off'         # off, or blocks: torch.compile for each block
     eval_every:int=250        # steps between measurements on the held-out text
     eval_sequences:int=64     # held-out sequences in such a measurement
@@ -221,7 +222,7 @@ def dump_run(config:RunConfig)->str: # TOML text
     return tomli_w.dumps({k: table[k] for k in order})
 
 # %% ../nbs/01_config.ipynb #differences
-FREE_SETTINGS = {'out', 'train.device', 'train.compile', 'train.eval_every', 'train.eval_sequences', 'train.save_every', 'train.keep', 'train.peak_flops'}
+FREE_SETTINGS = {'out', 'train.device', 'train.recompute', 'train.compile', 'train.eval_every', 'train.eval_sequences', 'train.save_every', 'train.keep', 'train.peak_flops'}
 
 def differences(old:RunConfig, new:RunConfig)->list[str]: # 'train.steps: 10 -> 20'
     "Settings that make `new` another experiment than `old`"

@@ -24,6 +24,7 @@ from ..model.transformer import LLaMA
 from . import checkpoint as ckpt
 from .loss import bits_per_byte, loss_sum
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
+from .recompute import RECOMPUTE, apply_recompute
 
 # %% ../../nbs/61_train.trainer.ipynb #accumulate
 def accumulate(model:torch.nn.Module,
@@ -173,6 +174,7 @@ class Trainer:
         if c.attention != 'auto': choose(BACKENDS, c.attention, 'attention backend')
         separate = choose({'cross': False, 'separate': True}, config.data.documents, 'data.documents')
         compiled = choose({'off': False, 'blocks': True}, c.compile, 'train.compile')
+        choose(RECOMPUTE, c.recompute, 'recompute mode')
         if problem := backend_problem(c.attention, self.device.type): raise UserError(f'attention backend {c.attention!r} cannot run: {problem}')
         self.loader, self.held_out = open_data(config)
         self.bos_id = Tokenizer(self.loader.shards.folder/'tokenizer.model').bos_id if separate else None
@@ -180,9 +182,9 @@ class Trainer:
         if self.device.type == 'cpu': keep_freed_memory()
         torch.manual_seed(c.seed)
         self.model = LLaMA(config.model).to(self.device)
-        for layer in self.model.layers:
-            layer.attention.backend = c.attention
-            if compiled: layer.compile()
+        for layer in self.model.layers: layer.attention.backend = c.attention
+        apply_recompute(self.model, c.recompute)
+        for layer in self.model.layers if compiled else (): layer.compile()
         self.optimizer = make_optimizer(self.model, config.optim)
         self._resume()
 
