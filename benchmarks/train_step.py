@@ -1,6 +1,6 @@
 """Speed and memory of one training step: this package against transformers' LlamaForCausalLM.
 
-Same sizes, same batches, same loss, fused AdamW on both sides. Each contestant is a process of its own, so that peak memory is its own; they take
+Same sizes, same batches, same loss (ours in chunks, as the trainer computes it), fused AdamW on both sides. Each contestant is a process of its own, so that peak memory is its own; they take
 turns, one step each, so that whatever else the machine does hits all alike. Writes benchmarks/train_step.md and .json.
 
     python benchmarks/train_step.py --help
@@ -28,7 +28,7 @@ class Settings:
     peak_tflops:float=0.      # of the device, for MFU; 0 = not stated
     name:str='train_step'     # of the table
 
-CONTESTANTS = {'llama_nb': ('ours', False, {}), 'transformers': ('theirs', False, {}), 'transformers, glibc keeps memory': ('theirs', False, KEEP),
+CONTESTANTS = {'llama_nb': ('ours', False, {}), 'llama_nb, recompute linear': ('linear', False, {}), 'llama_nb, recompute manual': ('manual', False, {}), 'transformers': ('theirs', False, {}), 'transformers, glibc keeps memory': ('theirs', False, KEEP),
                'llama_nb, compiled': ('ours', True, {}), 'transformers, compiled': ('theirs', True, {}), 'transformers, compiled, glibc keeps memory': ('theirs', True, KEEP)}
 
 def model_config(s):
@@ -36,43 +36,42 @@ def model_config(s):
     return ModelConfig(s.dim, s.layers, s.heads, vocab_size=s.vocab, multiple_of=32 if s.dim < 1024 else 256, max_seq_len=s.seq)
 
 def build(s, kind, compiled, device):
-    "The model, and a function that makes logits"
+    "The model, and a function (inputs, targets) -> summed loss"
     import torch
     torch.manual_seed(0)
     c = model_config(s)
-    if kind == 'ours':
+    if kind != 'theirs':
         from llama_nb.model.transformer import LLaMA
+        from llama_nb.train.loss import chunked_loss_sum
+        from llama_nb.train.recompute import apply_recompute
         from llama_nb.train.trainer import keep_freed_memory
         if device.type == 'cpu': keep_freed_memory()                     # as the trainer does
         model = LLaMA(c).to(device)
-        if compiled:
-            for layer in model.layers: layer.compile()
-        return model, model
+        apply_recompute(model, 'none' if kind == 'ours' else kind)
+        for layer in model.layers if compiled else (): layer.compile()
+        return model, lambda x, y: chunked_loss_sum(model.hidden(x).to(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32), model.output.weight, y)
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
                                          rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len, tie_word_embeddings=False, use_cache=False)).to(device)
     assert sum(p.numel() for p in model.parameters()) == c.n_params
     if compiled: model.compile()
-    return model, lambda tokens: model(tokens).logits
+    return model, lambda x, y: torch.nn.functional.cross_entropy(model(x).logits.float().flatten(0, 1), y.flatten(), reduction='sum')
 
 def worker(s, kind, compiled):
     "Train one step for each line on stdin; answer with seconds, page faults, peak memory and loss"
     import torch
     from llama_nb.config import OptimConfig
     from llama_nb.core import pick_device, pick_dtype
-    from llama_nb.train.loss import next_token_loss
     from llama_nb.train.optim import clip_grad_norm, make_optimizer
     device, dtype, config = pick_device(s.device), pick_dtype(s.dtype), OptimConfig()
-    model, logits_of = build(s, kind, compiled, device)
+    model, loss_of = build(s, kind, compiled, device)
     optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(1)
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     print('ready', flush=True)
     for line in sys.stdin:
         rows = torch.randint(s.vocab, (s.batch, s.seq + 1), generator=generator).to(device)
         wait(); faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): logits = logits_of(rows[:, :-1])
-        loss = next_token_loss(logits, rows[:, 1:])
-        del logits
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): loss = loss_of(rows[:, :-1], rows[:, 1:])/rows[:, 1:].numel()
         loss.backward(); clip_grad_norm(model.parameters(), config.max_grad_norm); optimizer.step(); optimizer.zero_grad(set_to_none=True)
         wait(); seconds = time.perf_counter() - start
         usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -89,12 +89,13 @@ def _attend_kept(q:Tensor, k:Tensor, v:Tensor, backend:str, documents:Tensor)->t
         sources = [_Source.apply(anchor, x) for x in (q, k, v)]
         edges = [torch.autograd.graph.get_gradient_edge(x) for x in sources]
         out = attend(*sources, backend, None, documents)
-    end = torch.autograd.graph.get_gradient_edge(out)
+    end, saved = torch.autograd.graph.get_gradient_edge(out), list(kept)
+    kept.clear()                                             # the graph holds on to this list
     def backward(tensors, gradient):
         lent[:] = tensors
         try: return torch.autograd.grad(end, edges, gradient, retain_graph=True)
         finally: lent.clear()
-    return out.detach(), kept, backward
+    return out.detach(), saved, backward
 
 # %% ../../nbs/42_train.recompute.ipynb #block-function
 class _BlockFunction(torch.autograd.Function):

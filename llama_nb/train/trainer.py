@@ -22,7 +22,7 @@ from ..data.tokenizer import Tokenizer
 from ..model.attention import BACKENDS, Attention, backend_problem
 from ..model.transformer import LLaMA
 from . import checkpoint as ckpt
-from .loss import bits_per_byte, loss_sum
+from .loss import chunked_loss_sum, loss_sum
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
 from .recompute import RECOMPUTE, apply_recompute
 
@@ -37,8 +37,8 @@ def accumulate(model:torch.nn.Module,
     "Go forward and backward through the batch in pieces; gradients add up to those of the mean loss"
     n, total = (targets != -100).sum(), 0.
     for x, y in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size)):
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32): logits = model(x, documents=document_numbers(x, bos_id))
-        loss = loss_sum(logits, y)[0]/n
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32): hidden = model.hidden(x, documents=document_numbers(x, bos_id))
+        loss = chunked_loss_sum(hidden.to(dtype), model.output.weight, y)/n
         loss.backward()
         total = total + loss.detach()
     return total
