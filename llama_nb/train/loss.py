@@ -67,7 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the last norm
                      weight:Tensor,         # (v, d) the output matrix
                      targets:Tensor,        # (b, t) int64
-                     chunk:int=1024,        # tokens whose logits are in memory at a time
+                     chunk:int=512,         # tokens whose logits are in memory at a time
                      ignore_index:int=-100, # targets with this value do not count
                     )->Tensor:              # scalar float32, sum of -ln p over the targets
     "Like `loss_sum(hidden @ weight.T, targets)[0]`, without all logits in memory. Raises `UserError` where the shapes do not fit"
