@@ -8,7 +8,6 @@ __all__ = ['BACKENDS', 'attention_mask', 'attend_reference', 'attend_sdpa', 'doc
 
 # %% ../../nbs/33_model.attention.ipynb #imports
 import importlib
-from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -79,16 +78,22 @@ def attend_xformers(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k), 
 # %% ../../nbs/33_model.attention.ipynb #backends
 BACKENDS = {'reference': attend_reference, 'sdpa': attend_sdpa, 'xformers': attend_xformers}
 
-@lru_cache
-def backend_problem(name:str,   # a key of `BACKENDS`
-                    device:str, # cpu, cuda, mps
-                   )->str:      # why it cannot run there; empty if it can
-    "What keeps a backend from running"
+_PROBLEMS = {}                                              # found once
+
+def _find_problem(name:str, device:str)->str:
     if name != 'xformers': return ''
     if device != 'cuda': return f'xformers has no attention for {device}, only for GPUs'
     try: importlib.import_module('xformers.ops.fmha')
     except Exception as e: return f"xformers cannot be imported ({e}); pip install 'llama_nb[xformers]'"
     return ''
+
+@torch.compiler.assume_constant_result                      # torch.compile need not look inside
+def backend_problem(name:str,   # a key of `BACKENDS`
+                    device:str, # cpu, cuda, mps
+                   )->str:      # why it cannot run there; empty if it can
+    "What keeps a backend from running"
+    if (name, device) not in _PROBLEMS: _PROBLEMS[name, device] = _find_problem(name, device)
+    return _PROBLEMS[name, device]
 
 def available_backends(device='cpu')->list[str]:
     "Names of the backends that can run on `device`"
