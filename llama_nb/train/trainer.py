@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['accumulate', 'document_numbers', 'flops_per_token', 'read_metrics', 'Metrics', 'plot_loss', 'open_data',
-           'open_folder', 'evaluate', 'stop_on_signal', 'keep_freed_memory', 'Trainer', 'train_step', 'save', 'resume',
-           'fit', 'timed_step', 'checkpoint']
+           'open_folder', 'evaluate', 'stop_on_signal', 'keep_freed_memory', 'Trainer', 'train_step', 'to_device',
+           'OnTheWay', 'finish_step', 'save', 'resume', 'fit', 'Diary', 'quiet_gc']
 
 # %% ../../nbs/61_train.trainer.ipynb #imports
-import ctypes, io, json, math, os, signal, threading, time
+import ctypes, gc, io, json, math, os, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -75,9 +75,17 @@ class Metrics:
 
     def add(self, row:dict):
         "Write one step"
+        self.end, self.row = self.file.tell(), row
         self.file.write(json.dumps(row)+'\n'); self.file.flush()
         for key, value in row.items():
             if key != 'step' and value is not None: self.board.add_scalar(key, value, row['step'])
+
+    def amend(self, key:str, value:float):
+        "Write the last step once more, with one more number in it"
+        self.file.truncate(self.end)
+        self.row[key] = value
+        self.file.write(json.dumps(self.row)+'\n'); self.file.flush()
+        self.board.add_scalar(key, value, self.row['step'])
 
     def sync(self): "Make what is written durable"; self.file.flush(); os.fsync(self.file.fileno()); self.board.flush()
     def close(self): self.sync(); self.file.close(); self.board.close()
@@ -189,20 +197,51 @@ class Trainer:
         self._resume()
 
 # %% ../../nbs/61_train.trainer.ipynb #train-step
-def train_step(run:Trainer)->dict: # loss and grad_norm before the step, lr
-    "One optimiser step on the next batch. Raises `UserError` where loss or gradient are not finite"
+def train_step(run:Trainer)->dict: # step, lr, and loss and grad_norm as scalar tensors on the device
+    "One optimiser step on the next batch, without waiting for the device; one whose loss or gradient is not finite changes nothing"
     c = run.config
-    inputs, targets = (x.to(run.device) for x in run.loader.batch(run.step))
-    loss = accumulate(run.model, inputs, targets, c.train.micro_batch_size, run.dtype, run.bos_id).item()
-    norm = clip_grad_norm(run.model.parameters(), c.optim.max_grad_norm).item()
+    inputs, targets = (to_device(x, run.device) for x in run.loader.batch(run.step))
+    loss = accumulate(run.model, inputs, targets, c.train.micro_batch_size, run.dtype, run.bos_id)
+    norm = clip_grad_norm(run.model.parameters(), c.optim.max_grad_norm)
     lr = cosine_lr(run.step, c.optim, c.train.steps)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(f'step {run.step + 1} has loss {loss} and gradient norm {norm} at lr {lr:.2e}; the last checkpoint is intact: lower optim.lr in a new run')
     set_lr(run.optimizer, lr)
+    if run.optimizer.defaults['fused']: run.optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    return {'loss': loss, 'lr': lr, 'grad_norm': norm}
+    return {'step': run.step, 'loss': loss, 'lr': lr, 'grad_norm': norm}
+
+def to_device(x:Tensor, device:torch.device)->Tensor:
+    "Copy to the device; to a GPU from pinned memory, without waiting"
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+# %% ../../nbs/61_train.trainer.ipynb #host
+class OnTheWay:
+    "Scalars travelling from the device: `read()` gives them as floats, waiting only for the work that was queued before them"
+    def __init__(self, values:list[Tensor]):
+        self.values, self.mark = torch.stack([v.detach().float() for v in values]), None
+        if self.values.is_cuda:
+            host = torch.empty(self.values.shape, pin_memory=True)
+            self.values, self.mark = host.copy_(self.values, non_blocking=True), torch.cuda.Event()
+            self.mark.record()
+
+    def read(self)->list[float]:
+        if self.mark: self.mark.synchronize()
+        return self.values.tolist()
+
+# %% ../../nbs/61_train.trainer.ipynb #finish-step
+def finish_step(run:Trainer,
+                row:dict,          # from `train_step`, with loss and grad_norm as an `OnTheWay`
+                seconds:float,     # that the step took
+               )->dict:            # a row of metrics.jsonl
+    "The numbers of a step. Raises `UserError` if its loss or gradient was not finite"
+    c, n = run.config, run.config.data.batch_size*run.config.data.seq_len
+    loss, norm = row['on_the_way'].read()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(f'step {row["step"]} has loss {loss} and gradient norm {norm} at lr {row["lr"]:.2e}; the last checkpoint is intact: lower optim.lr in a new run')
+    used = n/seconds*flops_per_token(c.model, c.data.seq_len)
+    return {'step': row['step'], 'loss': loss, 'lr': row['lr'], 'grad_norm': norm, 'tokens': row['step']*n, 'seconds': seconds, 'tokens_per_second': n/seconds,
+            'mfu': used/c.train.peak_flops if c.train.peak_flops else None}
 
 # %% ../../nbs/61_train.trainer.ipynb #save-resume
 def save(run:Trainer)->Path: # the checkpoint
@@ -229,38 +268,66 @@ Trainer._resume = resume
 def fit(run:Trainer,
         progress:bool=True, # show a bar
        )->int:              # 0 if all steps are done, else the signal that stopped it
-    "Train until the last step or until a signal; saves in both cases"
+    "Train until the last step or until a signal; saves in both cases. Raises `UserError` where loss or gradient are not finite"
     c = run.config.train
     if run.step >= c.steps: run.report(f'{run.out} is finished: {run.step} of {c.steps} steps'); return 0
-    metrics = Metrics(run.out, run.step)
-    try:
-        with stop_on_signal() as got, tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress) as bar:
-            while run.step < c.steps and not got:
-                row = timed_step(run)
-                metrics.add(row)
-                bar.set_postfix_str(f'loss {row["loss"]:.3f}, {row["tokens_per_second"]:,.0f} tokens/s', refresh=False); bar.update()
-                if run.step % c.save_every == 0 or run.step == c.steps or got: checkpoint(run, metrics)
-    finally: metrics.close()
+    with stop_on_signal() as got, tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress) as bar, Diary(run, bar) as diary, quiet_gc():
+        while run.step < c.steps and not got:
+            diary.add(train_step(run))
+            if run.held_out and (run.step % c.eval_every == 0 or run.step == c.steps): diary.measure()
+            if run.step % c.save_every == 0: diary.checkpoint()
+        if diary.saved != run.step: diary.checkpoint()
     if run.step == c.steps: return 0
     run.report(f'stopped after step {run.step} of {c.steps}, saved; the same command goes on')
     return got[0]
 
-# %% ../../nbs/61_train.trainer.ipynb #fit-parts
-def timed_step(run:Trainer)->dict: # a row of metrics.jsonl
-    "One training step, with its speed; at every `eval_every`-th and at the last also the held-out loss"
-    c, start = run.config, time.perf_counter()
-    row = train_step(run)
-    seconds, n = time.perf_counter() - start, c.data.batch_size*c.data.seq_len
-    used = n/seconds*flops_per_token(c.model, c.data.seq_len)
-    row = {'step': run.step, **row, 'tokens': run.step*n, 'seconds': seconds, 'tokens_per_second': n/seconds,
-           'mfu': used/c.train.peak_flops if c.train.peak_flops else None}
-    if run.held_out and (run.step % c.train.eval_every == 0 or run.step == c.train.steps):
-        total, count = evaluate(run.model, run.held_out, c.data.seq_len, c.train.eval_sequences, dtype=run.dtype, bos_id=run.bos_id)
-        row['held_out_loss'] = total/count
-    return row
+# %% ../../nbs/61_train.trainer.ipynb #diary
+class Diary:
+    "Writes down the steps of a run, on a GPU one step behind it"
+    def __init__(self, run:Trainer, bar):
+        self.run, self.bar, self.metrics, self.behind = run, bar, Metrics(run.out, run.step), run.device.type == 'cuda'
+        self.pending, self.mark, self.saved = None, time.perf_counter(), run.step
+    def __enter__(self): return self
+    def __exit__(self, *error): self.metrics.close()
 
-def checkpoint(run:Trainer, metrics:Metrics):
-    "Save, with the diary and the picture up to date"
-    metrics.sync()
-    save(run)
-    plot_loss(read_metrics(metrics.path), run.out/'loss.png')
+    def add(self, row:dict):
+        "Take a step's row, and write down what is ready"
+        row['on_the_way'] = OnTheWay([row.pop('loss'), row.pop('grad_norm')])
+        if self.behind: self.pending, row = row, self.pending
+        if row: self._write(row)
+
+    def _write(self, row:dict):
+        now = time.perf_counter()
+        row, self.mark = finish_step(self.run, row, now - self.mark), now
+        self.metrics.add(row)
+        self.bar.set_postfix_str(f'loss {row["loss"]:.3f}, {row["tokens_per_second"]:,.0f} tokens/s', refresh=False); self.bar.update()
+
+    def catch_up(self):
+        "Write down everything that was done"
+        if self.pending: row, self.pending = self.pending, None; self._write(row)
+
+    def measure(self):
+        "Add the held-out loss to the last step"
+        self.catch_up()
+        c = self.run.config
+        total, count = evaluate(self.run.model, self.run.held_out, c.data.seq_len, c.train.eval_sequences, dtype=self.run.dtype, bos_id=self.run.bos_id)
+        self.metrics.amend('held_out_loss', total/count)
+        self.mark = time.perf_counter()
+
+    def checkpoint(self):
+        "Save, with the metrics and the picture up to date"
+        self.catch_up()
+        self.metrics.sync()
+        save(self.run); self.saved = self.run.step
+        plot_loss(read_metrics(self.metrics.path), self.run.out/'loss.png')
+        gc.collect()
+        self.mark = time.perf_counter()
+
+# %% ../../nbs/61_train.trainer.ipynb #quiet-gc
+@contextmanager
+def quiet_gc():
+    "Python's garbage collector does not start by itself"
+    was = gc.isenabled(); gc.collect(); gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
