@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
                 x:Tensor  # (..., d)
                )->Tensor: # (..., d), dtype of x
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)/x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):   # which would take the product for a matrix product, and use bfloat16
+            mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)/x.shape[-1]
         return (wide*torch.rsqrt(mean_square + self.eps)).to(x.dtype)*self.weight.to(x.dtype)
 
     def extra_repr(self): return f'{self.weight.shape[0]}, eps={self.eps}'

@@ -116,6 +116,10 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        with torch.autocast(dy.device.type, enabled=False): return _BlockFunction.by_hand(ctx, dy)     # types are those of the forward pass
+
+    @staticmethod
+    def by_hand(ctx, dy):
         x, h, a, c, o, *kept = ctx.saved_tensors
         at, ff = ctx.block.attention, ctx.block.feed_forward
         dh, *d_ffn = _feed_forward_backward(dy, h, a, c, ff, ctx.block.ffn_norm)
