@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from ..core import UserError
 
 # %% ../../nbs/40_train.loss.ipynb #check-shapes
@@ -42,26 +43,29 @@ def next_token_loss(logits:Tensor,         # (b, t, v)
 class _ChunkedLoss(torch.autograd.Function):
     "Summed cross-entropy and its gradients, chunk by chunk"
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, ignore_index):
-        total, dh, dw = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        w = weight.to(hidden.dtype)
+    def forward(ctx, hidden, weight, targets, chunk, ignore_index, wanted):
+        total, w = hidden.new_zeros((), dtype=torch.float32), weight.to(hidden.dtype)
+        dh = torch.empty_like(hidden) if wanted[0] else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         for i in range(0, len(hidden), chunk):
             h, y = hidden[i:i+chunk], targets[i:i+chunk, None]
             counts = y != ignore_index
             y = y.where(counts, 0)
-            z = torch.log_softmax((h@w.T).float(), -1)
+            z = torch.log_softmax(h@w.T, -1, dtype=torch.float32)
             total -= (z.gather(1, y)*counts).sum()
-            g = z.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype)).mul_(counts).to(h.dtype)
-            dh[i:i+chunk] = g@w
-            dw += g.T@h
-        ctx.gradients = dh, dw.to(weight.dtype)
+            if any(wanted): z = z.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype)).mul_(counts).to(h.dtype)
+            if wanted[0]: torch.mm(z, w, out=dh[i:i+chunk])
+            if wanted[1]: dw.addmm_(z.T, h) if h.dtype == dw.dtype else dw.add_(z.T@h)
+            del z
+        ctx.gradients = dh, dw if dw is None else dw.to(weight.dtype)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale):
         if ctx.gradients is None: raise RuntimeError('the chunked loss goes backward once; compute it again')
-        (dh, dw), ctx.gradients = ctx.gradients, None
-        return dh*scale, dw.mul_(scale), None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(scale) for g in gradients), None, None, None, None
 
 # %% ../../nbs/40_train.loss.ipynb #chunked-loss-sum
 def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the last norm
@@ -71,8 +75,13 @@ def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the las
                      ignore_index:int=-100, # targets with this value do not count
                     )->Tensor:              # scalar float32, sum of -ln p over the targets
     "Like `loss_sum(hidden @ weight.T, targets)[0]`, without all logits in memory. Raises `UserError` where the shapes do not fit"
-    _check_shapes(hidden, targets)
-    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, ignore_index)
+    if hidden.ndim != 3 or hidden.shape[:2] != targets.shape or weight.shape[1:] != hidden.shape[2:]:
+        raise UserError(f'hidden (b, t, d), the output matrix (v, d) and targets (b, t) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}')
+    if chunk < 1: raise UserError(f'a chunk must be at least one token long, not {chunk}')
+    kind = hidden.device.type
+    if kind != 'meta' and torch.is_autocast_enabled(kind): hidden = hidden.to(torch.get_autocast_dtype(kind))
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, ignore_index, wanted)
 
 # %% ../../nbs/40_train.loss.ipynb #position-losses
 def position_losses(logits:Tensor,         # (b, t, v)
