@@ -55,7 +55,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total -= (z.gather(1, y)*counts).sum()
             if any(wanted): z = z.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype)).mul_(counts).to(h.dtype)
             if wanted[0]: torch.mm(z, w, out=dh[i:i+chunk])
-            if wanted[1]: dw.addmm_(z.T, h) if h.dtype == dw.dtype else dw.add_(z.T@h)
+            if wanted[1]: dw += z.T@h
             del z
         ctx.gradients = dh, dw if dw is None else dw.to(weight.dtype)
         return total
