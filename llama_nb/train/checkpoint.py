@@ -7,14 +7,15 @@ __all__ = ['CheckpointError', 'save_checkpoint', 'list_checkpoints', 'superseded
            'latest_checkpoint', 'optimizer_tensors', 'load_optimizer_tensors', 'random_state', 'set_random_state']
 
 # %% ../../nbs/60_train.checkpoint.ipynb #imports
-import errno, json, random, shutil
+import json, os, random, shutil
+from contextlib import suppress
 from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from ..core import UserError, file_digest, publish_folder
+from ..core import UserError, file_digest, fsync_folder, publish_folder
 
 # %% ../../nbs/60_train.checkpoint.ipynb #error
 class CheckpointError(UserError):
@@ -24,61 +25,121 @@ class CheckpointError(UserError):
 def save_checkpoint(folder,                              # where the checkpoints of a run lie
                     step:int,                            # optimiser steps done
                     tensors:dict[str,dict[str,Tensor]],  # file name -> tensor name -> tensor
-                    state:dict,                          # anything JSON can hold
-                    keep:int=2,                          # newest checkpoints that stay
+                    state:dict,                          # JSON: text keys, lists, finite numbers
+                    keep:int=2,                          # newest checkpoints that stay, at least 1
                    )->Path:                              # the new checkpoint
     "Write and publish `step-<step>`; a crash leaves the earlier ones untouched. Raises `CheckpointError` if it cannot be written"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob('.tmp-*'): shutil.rmtree(old)
-    final, tmp = folder/f'step-{step:08}', folder/f'.tmp-step-{step:08}'
+    if keep < 1: raise CheckpointError(f'keep must be at least 1, not {keep}: the checkpoint just written has to stay')
+    text, folder = _as_json(state), Path(folder)
+    final, tmp, aside = (folder/f'{kind}step-{step:08}' for kind in ('', '.tmp-', '.old-'))
     try:
+        _prepare(folder)
         tmp.mkdir()
-        _write(tmp, tensors, state)
-        if final.exists(): final.rename(folder/f'.tmp-replaced-{step:08}')
+        _write(tmp, tensors, text)
+        if final.exists(): final.rename(aside)
         publish_folder(tmp, final)
-    except (OSError, SafetensorError) as e: _give_up(e, folder, tmp, tensors)
-    for old in superseded(folder, step, keep): shutil.rmtree(old)
+    except Exception as e: _give_up(e, final, tmp, aside, tensors)
+    for old in superseded(folder, step, keep): _discard(old)
     return final
 
+# %% ../../nbs/60_train.checkpoint.ipynb #as-json
+def _as_json(state:dict)->str:
+    "`state` as text; raises `CheckpointError` naming what would not come back equal"
+    for key, value in state.items():
+        try: same = json.loads(json.dumps({key: value}, allow_nan=False)) == {key: value}
+        except (TypeError, ValueError) as e: raise CheckpointError(f'state[{key!r}] cannot be stored as JSON: {e}') from None
+        if not same: raise CheckpointError(f'state[{key!r}] would come back from JSON as something else; use lists for tuples and text for keys')
+    return json.dumps(state)
+
+# %% ../../nbs/60_train.checkpoint.ipynb #prepare
+def _prepare(folder:Path):
+    "Make `folder` durable, and put right what a crash left in it"
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for p in new: fsync_folder(p.parent)
+    for old in list(folder.glob('.old-step-*')):
+        if not (final := folder/old.name[5:]).exists(): old.rename(final)
+    for old in [*folder.glob('.tmp-*'), *folder.glob('.old-step-*')]: _discard(old)
+
+def _discard(path:Path):
+    "Take `path` out of sight, then delete it; what cannot be deleted now is left to the next save"
+    with suppress(OSError):
+        gone = path if path.name.startswith('.tmp-') else path.rename(path.with_name(f'.tmp-{path.name}'))
+        shutil.rmtree(gone)
+
 # %% ../../nbs/60_train.checkpoint.ipynb #write
-def _write(folder:Path, tensors:dict, state:dict):
+def _write(folder:Path, tensors:dict, text:str):
     "The files of a checkpoint"
-    for name, part in tensors.items():
-        save_file({k: v.detach().contiguous() for k, v in part.items()}, folder/f'{name}.safetensors')
-    (folder/'state.json').write_text(json.dumps(state), encoding='utf-8')
+    for name, part in tensors.items(): save_file(_apart(part), folder/f'{name}.safetensors')
+    (folder/'state.json').write_text(text, encoding='utf-8')
     files = {p.name: {'bytes': p.stat().st_size, 'sha256': file_digest(p)} for p in sorted(folder.iterdir())}
     (folder/'manifest.json').write_text(json.dumps({'files': files}, indent=1), encoding='utf-8')
 
+def _apart(part:dict[str,Tensor])->dict[str,Tensor]:
+    "The same tensors, each in one piece and no two in the same memory"
+    seen, apart = set(), {}
+    for name, t in part.items():
+        t = t.detach().contiguous()
+        if t.untyped_storage().data_ptr() in seen: t = t.clone()
+        seen.add(t.untyped_storage().data_ptr()); apart[name] = t
+    return apart
+
 # %% ../../nbs/60_train.checkpoint.ipynb #give-up
-def _give_up(error, folder:Path, tmp:Path, tensors:dict):
-    "Remove what was half-written and raise `CheckpointError`"
+def _give_up(error, final:Path, tmp:Path, aside:Path, tensors:dict):
+    "Undo a save that failed; raise `CheckpointError` if the disk is to blame, else `error` itself"
     shutil.rmtree(tmp, ignore_errors=True)
+    with suppress(OSError):
+        if aside.exists() and not final.exists(): aside.rename(final)
+    if not isinstance(error, (OSError, SafetensorError)): raise error
     need = sum(t.numel()*t.element_size() for part in tensors.values() for t in part.values())
-    free = shutil.disk_usage(folder).free
-    raise CheckpointError(f'could not save in {folder}: {error} (needed {need/1e6:,.1f} MB, free {free/1e6:,.1f} MB); earlier checkpoints are intact, free some space and start again') from error
+    free = shutil.disk_usage(next(p for p in final.absolute().parents if p.is_dir())).free
+    why = ' '.join(str(error).split())
+    raise CheckpointError(f'could not save in {final.parent}: {why} (needed {need/1e6:,.1f} MB, free {free/1e6:,.1f} MB); earlier checkpoints are intact: free some space or mend the folder, then start again') from error
 
 # %% ../../nbs/60_train.checkpoint.ipynb #list
 def list_checkpoints(folder)->list[Path]: # oldest first
     "The published checkpoints in `folder`"
-    return sorted(p for p in Path(folder).glob('step-*') if p.is_dir() and p.name[5:].isdigit())
+    folder, found = Path(folder), {}
+    for p in (*folder.glob('step-*'), *folder.glob('.old-step-*')):      # the second counts where the first is missing
+        if p.is_dir() and p.name.partition('step-')[2].isdecimal(): found.setdefault(_step(p), p)
+    return [found[step] for step in sorted(found)]
+
+def _step(path:Path)->int: return int(path.name.rpartition('-')[2])
 
 def superseded(folder, step:int, keep:int)->list[Path]:
-    "What may be removed once `step` is published: leftovers, all but the newest `keep`, and damaged ones beyond `step`"
-    past = [p for p in list_checkpoints(folder) if int(p.name[5:]) <= step]
-    return [*Path(folder).glob('.tmp-*'), *past[:-keep], *(p for p in list_checkpoints(folder) if p not in past)]
+    "What may go once `step` is published: leftovers, and all that is older than the newest `keep` whole ones"
+    folder, there = Path(folder), list_checkpoints(folder)
+    stay = [_step(p) for p in there if _step(p) <= step and _has_all_bytes(p)][-keep:]
+    return [*folder.glob('.tmp-*'), *folder.glob('.old-step-*'), *(p for p in there if stay and _step(p) < stay[0])]
 
 # %% ../../nbs/60_train.checkpoint.ipynb #verify
-def verify_checkpoint(path # a checkpoint's folder
+def verify_checkpoint(path,               # a checkpoint's folder
+                      digests:bool=True,  # False: compare names and sizes only
                      ):
     "Raise `CheckpointError` naming the first file that is missing, truncated or changed"
     path = Path(path)
-    try: files = json.loads((path/'manifest.json').read_text(encoding='utf-8'))['files']
-    except (OSError, ValueError, KeyError, TypeError): raise CheckpointError(f'{path}: manifest.json is missing or damaged') from None
-    for name, made in files.items():
-        if not (path/name).is_file(): raise CheckpointError(f'{path}: {name} is missing')
-        size = (path/name).stat().st_size
-        if size != made['bytes']: raise CheckpointError(f'{path}: {name} has {size} bytes instead of {made["bytes"]}')
-        if file_digest(path/name) != made['sha256']: raise CheckpointError(f'{path}: {name} has changed since it was written')
+    for name, made in _manifest(path).items():
+        if defect := _defect(path/name, made, digests): raise CheckpointError(f'{path}: {name} {defect}')
+
+def _defect(file:Path, made:dict, digests:bool)->str|None:
+    "What is wrong with `file`, if anything"
+    try:
+        if (size := file.stat().st_size) != made['bytes']: return f'has {size} bytes instead of {made["bytes"]}'
+        if digests and file_digest(file) != made['sha256']: return 'has changed since it was written'
+    except FileNotFoundError: return 'is missing'
+    except OSError as e: return f'cannot be read: {e.strerror}'
+
+def _manifest(path:Path)->dict[str,dict]: # file name -> bytes, sha256
+    "The list of files; raises `CheckpointError` if it is no such list"
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = json.loads((path/'manifest.json').read_text(encoding='utf-8'))['files']
+        if 'state.json' in files and all(Path(n).name == n and {'bytes', 'sha256'} <= set(made) for n, made in files.items()): return files
+    raise CheckpointError(f'{path}: manifest.json is missing or damaged')
+
+def _has_all_bytes(path:Path)->bool:
+    try: verify_checkpoint(path, digests=False)
+    except CheckpointError: return False
+    return True
 
 # %% ../../nbs/60_train.checkpoint.ipynb #load
 def load_checkpoint(path # a checkpoint's folder
@@ -86,39 +147,64 @@ def load_checkpoint(path # a checkpoint's folder
     "Verify and read a checkpoint, onto the CPU. Raises `CheckpointError` if it is damaged"
     path = Path(path)
     verify_checkpoint(path)
-    tensors = {p.stem: load_file(p) for p in sorted(path.glob('*.safetensors'))}
+    parts = [n for n in _manifest(path) if n.endswith('.safetensors')]
+    tensors = {n.removesuffix('.safetensors'): load_file(path/n) for n in parts}
     return tensors, json.loads((path/'state.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/60_train.checkpoint.ipynb #latest
 def latest_checkpoint(folder,        # where the checkpoints of a run lie
-                      report=print,  # called with a line about each damaged one
+                      report=print,  # called with one line if damaged ones had to be passed over
                      )->Path|None:   # None if there is none at all
     "The newest checkpoint that verifies. Raises `CheckpointError` if all are damaged"
-    found = list_checkpoints(folder)
-    for path in reversed(found):
+    damaged = []
+    for path in reversed(list_checkpoints(folder)):
         try: verify_checkpoint(path)
-        except CheckpointError as e: report(f'damaged checkpoint: {e}'); continue
-        if path != found[-1]: report(f'using {path} instead')
+        except CheckpointError as e: damaged.append(str(e)); continue
+        if damaged: report(f'damaged checkpoint: {"; ".join(damaged)}; using {path} instead')
         return path
-    if found: raise CheckpointError(f'all {len(found)} checkpoints in {folder} are damaged; restore one from a copy, or remove the folder to begin anew')
+    if damaged: raise CheckpointError(f'all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}); restore one from a copy, or remove the folder to begin anew')
 
 # %% ../../nbs/60_train.checkpoint.ipynb #optimizer-tensors
 def optimizer_tensors(model:nn.Module, optimizer:torch.optim.Optimizer)->dict[str,Tensor]: # 'norm.weight.exp_avg' -> tensor
-    "The optimiser's state by parameter name; empty before the first step"
-    return {f'{name}.{key}': value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+    "The optimiser's state by parameter name, not copied; empty before the first step. Raises `CheckpointError` if it could not be loaded again"
+    params = _optimized(model, optimizer)
+    tensors = {f'{name}.{key}': value for name, p in params.items() for key, value in optimizer.state.get(p, {}).items()}
+    _check_state(params, tensors)
+    return tensors
 
 def load_optimizer_tensors(model:nn.Module, optimizer:torch.optim.Optimizer, tensors:dict[str,Tensor]):
-    "Inverse of `optimizer_tensors`. Raises `CheckpointError` for names or shapes that do not belong to `model`"
-    params, states = dict(model.named_parameters()), {}
+    "Inverse of `optimizer_tensors`, by copy. Raises `CheckpointError` for names, shapes or types that do not belong to `model`"
+    params, states = _optimized(model, optimizer), {}
+    _check_state(params, tensors)
+    order = {p: i for i, p in enumerate(q for g in optimizer.param_groups for q in g['params'])}
     for full, value in tensors.items():
         name, _, key = full.rpartition('.')
-        if name not in params: raise CheckpointError(f'the optimiser state has {full!r}, but the model has no parameter {name!r}')
-        if value.ndim and value.shape != params[name].shape:
-            raise CheckpointError(f'{full!r} has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}')
-        states.setdefault(name, {})[key] = value
-    order = {p: i for i, p in enumerate(q for g in optimizer.param_groups for q in g['params'])}
-    own = optimizer.state_dict()
-    optimizer.load_state_dict({**own, 'state': {order[params[n]]: s for n, s in states.items()}})
+        states.setdefault(order[params[name]], {})[key] = value.clone()
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': states})
+
+# %% ../../nbs/60_train.checkpoint.ipynb #check-state
+def _optimized(model, optimizer)->dict[str,Tensor]: # name -> parameter
+    "The parameters that `optimizer` holds, by their names in `model`"
+    held = {p for g in optimizer.param_groups for p in g['params']}
+    params = {n: p for n, p in model.named_parameters() if p in held}
+    if strange := len(held) - len(params):
+        raise CheckpointError(f'{strange} of {len(held)} parameters of the optimiser are not in this model; make the optimiser from model.parameters()')
+    return params
+
+def _check_state(params:dict, tensors:dict):
+    "Raise `CheckpointError` unless every trained parameter has the same pieces of state, in its own shape and type"
+    for full, value in tensors.items():
+        name, _, key = full.rpartition('.')
+        if name not in params: raise CheckpointError(f'the optimiser state has {full!r}, but the optimiser has no parameter {name!r}')
+        if not torch.is_tensor(value): raise CheckpointError(f'{full!r} is {value!r} and not a tensor; this optimiser cannot be stored')
+        p = params[name]
+        if key == 'step' and value.ndim == 0: continue
+        if (value.shape, value.dtype) != (p.shape, p.dtype):
+            raise CheckpointError(f'{full!r} has shape {tuple(value.shape)} and type {value.dtype}, the parameter {tuple(p.shape)} and {p.dtype}')
+    keys = sorted({full.rpartition('.')[2] for full in tensors})
+    lacking = [f'{n}.{k}' for n, p in params.items() if p.requires_grad for k in keys if f'{n}.{k}' not in tensors]
+    more = f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''
+    if lacking: raise CheckpointError(f'the optimiser state lacks {", ".join(lacking[:3])}{more}; a parameter that is never used needs requires_grad_(False)')
 
 # %% ../../nbs/60_train.checkpoint.ipynb #random-state
 def random_state()->dict: # JSON can hold it
