@@ -192,6 +192,7 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch, call, again):
             except CheckpointError as e: assert 'earlier checkpoints are intact' in str(e)
             else: break
         assert value_of(latest_checkpoint(tmp_path, silent)) in ((1,) if again else (1, 2))
+        assert 'step-00000001' in names(tmp_path)                        # under its own name again
     assert 1 < number < 20 or call == 'mkdir'
 
 def test_a_place_that_cannot_be(tmp_path):
@@ -200,12 +201,16 @@ def test_a_place_that_cannot_be(tmp_path):
         with pytest.raises(CheckpointError, match='could not save in'): save(folder, 1)
     assert (tmp_path/'file').read_text() == 'in the way'
 
-def test_an_error_that_is_not_the_disks_is_passed_on(tmp_path):
+def test_an_error_that_is_not_the_disks_is_passed_on(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    with pytest.raises(AttributeError): save_checkpoint(tmp_path, 2, {'model': {'w': 'no tensor'}}, {})
+    def broken(path): raise RuntimeError('a device is gone')
+    with monkeypatch.context() as m:
+        m.setattr(ckpt, 'file_digest', broken)
+        with pytest.raises(RuntimeError, match='a device is gone'): save(tmp_path, 2)
     with pytest.raises(CheckpointError, match=r"state\['shape'\]"): save_checkpoint(tmp_path, 2, tensors(2), {'shape': (1, 2)})
     with pytest.raises(CheckpointError, match=r"state\['d'\]"): save_checkpoint(tmp_path, 2, tensors(2), {'d': {1: 'one'}})
-    with pytest.raises(CheckpointError, match=r"state\['loss'\]"): save_checkpoint(tmp_path, 2, tensors(2), {'loss': float('nan')})
+    for odd in ('nan', 'inf'):                                           # Python writes them, JSON has no such numbers
+        with pytest.raises(CheckpointError, match=r"state\['loss'\]"): save_checkpoint(tmp_path, 2, tensors(2), {'loss': float(odd)})
     with pytest.raises(CheckpointError, match=r"state\['t'\]"): save_checkpoint(tmp_path, 2, tensors(2), {'t': torch.ones(1)})
     for keep in (0, -1):
         with pytest.raises(CheckpointError, match='at least 1'): save(tmp_path, 2, keep=keep)
@@ -233,11 +238,12 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, file, how):
     assert value_of(latest_checkpoint(tmp_path, lines.append)) == 10
     assert len(lines) == 1 and '\n' not in lines[0]
     for words in ('step-00000020', 'step-00000010 instead', *([file] if how != 'flipped' else [])): assert words in lines[0]
+    if file != 'manifest.json' and how in ('truncated', 'empty', 'longer'): assert 'bytes instead of' in lines[0]
     save(tmp_path, 20); assert value_of(latest_checkpoint(tmp_path, silent)) == 20      # the run comes by again
     for path in list_checkpoints(tmp_path): DAMAGE[how](path/file)
     with pytest.raises(CheckpointError, match='all 2 checkpoints .* are damaged .*; restore one from a copy'): latest_checkpoint(tmp_path, silent)
 
-@pytest.mark.parametrize('text', ('{', '[]', 'null', '3', '{}', '{"files": {}}', '{"files": []}', '{"files": null}',
+@pytest.mark.parametrize('text', ('{', '[]', 'null', '3', '{}', '{"files": {}}', '{"files": []}', '{"files": null}', '{"files": "state.json"}',
     '{"files": {"state.json": 3}}', '{"files": {"state.json": {}}}', '{"files": {"../state.json": {"bytes": 1, "sha256": ""}}}', '\xff'))
 def test_a_manifest_that_is_none(tmp_path, text):
     path = save(tmp_path, 1)
@@ -324,8 +330,8 @@ def test_six_steps_are_three_and_three(tmp_path, kind, dtype):
     model, opt = net(dtype, **kind); train(model, opt, range(6))
     half, opt3 = net(dtype, **kind); train(half, opt3, range(3))
     path = save_checkpoint(tmp_path, 3, {'model': half.state_dict(), 'optimizer': optimizer_tensors(half, opt3)}, random_state())
+    got, _ = load_checkpoint(path)
     for _ in range(2):                                                   # the same loaded tensors serve twice
-        got = load_checkpoint(path)[0] if _ == 0 else got
         again, opt6 = net(dtype, **kind); again.load_state_dict(got['model']); load_optimizer_tensors(again, opt6, got['optimizer'])
         train(again, opt6, range(3, 6))
         a, b = optimizer_tensors(model, opt), optimizer_tensors(again, opt6)
@@ -339,6 +345,8 @@ def test_each_lacking_name_is_named():
         with pytest.raises(CheckpointError, match=f'lacks {name}'): load_optimizer_tensors(fresh, new, {k: v for k, v in full.items() if k != name})
     with pytest.raises(CheckpointError, match="no parameter 'x'"): load_optimizer_tensors(fresh, new, full | {'x.step': torch.tensor(1.)})
     with pytest.raises(CheckpointError, match=r"'1.weight.exp_avg' has shape \(4, 3\)"): load_optimizer_tensors(fresh, new, full | {'1.weight.exp_avg': torch.zeros(4, 3)})
+    with pytest.raises(CheckpointError, match=r'has shape \(\)'): load_optimizer_tensors(fresh, new, full | {'1.weight.exp_avg': torch.tensor(1.)})
+    with pytest.raises(CheckpointError, match='bfloat16'): load_optimizer_tensors(*net(torch.bfloat16), full)
     assert optimizer_tensors(fresh, new) == {}                           # refused means untouched
     load_optimizer_tensors(fresh, new, full); load_optimizer_tensors(fresh, new, {})
     assert optimizer_tensors(fresh, new) == {}                           # the inverse of an empty state is an empty state
