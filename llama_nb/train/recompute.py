@@ -126,7 +126,7 @@ class _BlockFunction(torch.autograd.Function):
         do, dwo = linear_backward(dh.to(a.dtype), o.flatten(-2), at.wo)
         dq, dk, dv = ctx.attend_backward(kept, do.view_as(o))
         back = ctx.rotation.conj()
-        dq, dk = apply_rotary(dq, back), apply_rotary(dk, back)
+        dq, dk = apply_rotary(dq.contiguous(), back), apply_rotary(dk.contiguous(), back)
         n = ctx.block.attention_norm(x)
         parts = [linear_backward(g.flatten(-2), n, w) for g, w in ((dq, at.wq), (dk, at.wk), (dv, at.wv))]
         dx, dg = norm_backward(sum(p[0] for p in parts), x, ctx.block.attention_norm)
