@@ -13,7 +13,7 @@ def three_steps(path, *settings):
     rows = [train_step(run) for _ in range(3)]
     return [(float(r['loss']), float(r['grad_norm'])) for r in rows], run.model.state_dict()
 
-@pytest.mark.parametrize('mode', [m for m in RECOMPUTE if m != 'none'])
+@pytest.mark.parametrize('mode', [m for m in RECOMPUTE if m not in ('none', 'budget')])     # budget needs the compiler: below
 @pytest.mark.parametrize('documents', ['cross', 'separate'])
 def test_the_same_run(run_file, mode, documents):
     path, common = run_file(10), ('--data.documents', documents)               # 8 sequences a step in pieces of 4
@@ -23,18 +23,41 @@ def test_the_same_run(run_file, mode, documents):
     for name in weights:                                                          # Adam turns rounding of tiny gradients into steps of up to lr
         assert (other[name] - weights[name]).abs().max() < 3e-3, name
 
+CONFIG = ModelConfig(64, 2, 4, vocab_size=101, multiple_of=16, max_seq_len=64)
+
+def gradients(mode, backend=None, documents=None, budget=.5):
+    "Of a fresh model with large weights, compiled by `backend` after `mode` was applied"
+    x = torch.randint(101, (2, 49), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0); model = LLaMA(CONFIG); init_weights(model, .2); apply_recompute(model, mode, budget)
+    for layer in model.layers if backend else (): layer.compile(backend=backend)
+    next_token_loss(model(x[:, :-1], documents=documents), x[:, 1:]).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+def agree(got, right):
+    for name, g in got.items(): assert (g - right[name]).abs().max() < 1e-5*right[name].abs().max(), name      # float32, sums in another order
+
 @pytest.mark.parametrize('mode', RECOMPUTE)
 def test_compiled_afterwards(mode):
     "Recompute first, compile then: gradients stay those of the plain model"
-    config = ModelConfig(64, 2, 4, vocab_size=101, multiple_of=16, max_seq_len=64)
-    x = torch.randint(101, (2, 49), generator=torch.Generator().manual_seed(0))
-    def gradients(mode, compiled):
-        torch.manual_seed(0); model = LLaMA(config); init_weights(model, .2); apply_recompute(model, mode)
-        for layer in model.layers if compiled else (): layer.compile()
-        next_token_loss(model(x[:, :-1]), x[:, 1:]).backward()
-        return {n: p.grad for n, p in model.named_parameters()}
-    right = gradients('none', False)
-    for name, g in gradients(mode, True).items(): assert (g - right[name]).abs().max() < 1e-5*right[name].abs().max(), name
+    agree(gradients(mode, 'inductor'), gradients('none'))
+
+@pytest.mark.parametrize('mode', RECOMPUTE)
+def test_compiled_documents(mode):
+    "Packed documents are left alone by the compiler; the block around them is compiled"
+    documents = torch.tensor([[0]*20 + [1]*28, [0]*48])
+    agree(gradients(mode, 'aot_eager', documents), gradients('none', documents=documents))
+
+def test_budgets_do_not_mix():
+    "Two budgets in one process: each compiled code keeps its own, and the setting of the process is untouched"
+    before, kept = torch._functorch.config.activation_memory_budget, {}
+    for budget in (1., 0., 1.):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            gradients('budget', 'aot_eager_decomp_partition', budget=budget)      # compiles
+            sizes.clear(); gradients('budget', 'aot_eager_decomp_partition', budget=budget)
+        kept.setdefault(budget, set()).add(sum(sizes))
+    assert len(kept[1.]) == len(kept[0.]) == 1 and min(kept[1.]) > 1.2*max(kept[0.])
+    assert torch._functorch.config.activation_memory_budget == before
 
 def test_bfloat16_trains_alike(run_file):
     path = run_file(10)

@@ -35,8 +35,14 @@ def apply_rotary(x:Tensor,        # (b, t, h, k) queries or keys
                 )->Tensor:        # (b, t, h, k), dtype of x
     "Turn each pair of neighbouring coordinates by the angle of its position (Su et al. 2021, section 3.2)"
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs*rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)
+    turn = _turn_real if torch.compiler.is_compiling() else _turn_complex
+    return turn(wide.unflatten(-1, (-1, 2)), rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)
+
+def _turn_complex(pairs, rotation): return torch.view_as_real(torch.view_as_complex(pairs)*rotation)
+
+def _turn_real(pairs, rotation):
+    (a, b), (c, s) = pairs.unbind(-1), torch.view_as_real(rotation).unbind(-1)
+    return torch.stack((a*c - b*s, a*s + b*c), -1)
 
 # %% ../../nbs/31_model.rope.ipynb #neighbours-to-halves
 def neighbours_to_halves(w:Tensor, # (h*k, d) weight of wq or wk

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from ..core import UserError
+from ..core import UserError, to_autocast
 
 # %% ../../nbs/40_train.loss.ipynb #check-shapes
 def _check_shapes(logits:Tensor, targets:Tensor):
@@ -49,13 +49,15 @@ class _ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         for i in range(0, len(hidden), chunk):
             h, y = hidden[i:i+chunk], targets[i:i+chunk, None]
-            counts = y != ignore_index
-            y = y.where(counts, 0)
-            z = torch.log_softmax(h@w.T, -1, dtype=torch.float32)
-            total -= (z.gather(1, y)*counts).sum()
-            if any(wanted): z = z.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype)).mul_(counts).to(h.dtype)
+            counts = (y != ignore_index).float()
+            y = y.where(counts > 0, 0)
+            z = (h@w.T).float()
+            z -= z.amax(-1, keepdim=True)
+            picked, norm = z.gather(1, y), z.exp_().sum(-1, keepdim=True)
+            total += ((norm.log() - picked)*counts).sum()
+            if any(wanted): z = z.mul_(counts/norm).scatter_add_(1, y, -counts).to(h.dtype)
             if wanted[0]: torch.mm(z, w, out=dh[i:i+chunk])
-            if wanted[1]: dw += z.T@h
+            if wanted[1]: torch.addmm(dw, z.T, h, out=dw) if h.dtype == dw.dtype else dw.add_(z.T@h)
             del z
         ctx.gradients = dh, dw if dw is None else dw.to(weight.dtype)
         return total
@@ -78,8 +80,7 @@ def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the las
     if hidden.ndim != 3 or hidden.shape[:2] != targets.shape or weight.shape[1:] != hidden.shape[2:]:
         raise UserError(f'hidden (b, t, d), the output matrix (v, d) and targets (b, t) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}')
     if chunk < 1: raise UserError(f'a chunk must be at least one token long, not {chunk}')
-    kind = hidden.device.type
-    if kind != 'meta' and torch.is_autocast_enabled(kind): hidden = hidden.to(torch.get_autocast_dtype(kind))
+    hidden = to_autocast(hidden)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, ignore_index, wanted)
 

@@ -30,7 +30,8 @@ def clip_grad_norm(parameters:Iterable[nn.Parameter],
                   )->Tensor:       # scalar, the norm before clipping
     "Scale all gradients by one factor so that their common norm is at most `max_norm` (Pascanu et al. 2013). Raises `UserError` for a limit that is not positive"
     if not max_norm > 0: raise UserError(f'max_grad_norm must be above 0, not {max_norm}; use inf for no clipping')
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm      # of shared weights each rank has a part of the sum
 
 # %% ../../nbs/41_train.optim.ipynb #cosine-lr
 def cosine_lr(step:int,           # 0 .. total_steps-1; later steps keep the last rate
