@@ -1,0 +1,57 @@
+"Every layout of the ranks gives the numbers of one process."
+import sys
+from pathlib import Path
+import pytest, torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
+import parity
+from parity import case
+from llama_nb.parallel.mesh import run_ranks
+
+ALL = [(2, 'FSDP'), (4, 'HSDP'), (2, 'TP'), (2, 'TP+SP'), (4, 'FSDP x TP+SP')]           # each with all recompute modes; benchmarks/parity.py has the rest
+ONCE = [(2, 'HSDP'), (4, 'FSDP'), (4, 'TP'), (4, 'TP+SP'), (4, 'HSDP x TP+SP')]
+MATRIX = [(n, case(name, mode)) for n, name in ALL for mode in parity.MODES] + [(n, case(name)) for n, name in ONCE]
+UNEQUAL = [(4, case(name, model='odd')) for name in ('FSDP', 'HSDP', 'FSDP x TP+SP')]
+MEAN = [(2, case('FSDP', factor=.5))]
+NARROW = [(4, case(name, dtype='bfloat16')) for name in ('FSDP', 'FSDP x TP+SP')]
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Five steps of one process that keeps everything and takes each batch at once, for each model"
+    parity.save_references(folder := tmp_path_factory.mktemp('parity'))
+    return folder
+
+@pytest.fixture(scope='module')
+def measured(folder):
+    "case -> errors on each rank; starting processes takes longer than what they do, so one start for each number of them"
+    found = {}
+    for n in (2, 4):
+        cases = [c for m, c in MATRIX + UNEQUAL + MEAN + NARROW if m == n]
+        ranks = run_ranks('parity:measure', n, {'folder': str(folder), 'cases': cases}, timeout=600)
+        found |= {(n, c): [r[i] for r in ranks] for i, c in enumerate(cases)}
+    return found
+
+def check(errors):
+    """1e-5: float32 rounds at 6e-8, and sums of up to 128 terms in another order were seen to lose a factor of ten. AdamW's division by the
+    size of the gradient makes the rounding of tiny gradients a part of a step; a step is 3e-4 at most, and the largest weights are near 0.5."""
+    assert errors['same start']                                                           # bitwise: a first number depends on name and seed alone
+    for what in ('loss', 'gradients', 'norm', 'weights'): assert errors[what] < 1e-5, (what, errors)
+
+@pytest.mark.parametrize('n, which', MATRIX + UNEQUAL)
+def test_as_one_process(measured, n, which):
+    for errors in measured[n, which]: check(errors)
+
+@pytest.mark.parametrize('mode', parity.MODES)
+def test_recompute_and_accumulation_alone(folder, mode):
+    check(parity.compare(torch.load(folder/'even', weights_only=True), parity.five_steps(parity.build(parity.MODELS['even'], mode), pieces=2)))
+
+def test_a_mean_over_ranks_is_caught(measured):
+    "Each rank's loss is divided by all targets already: who divides by the two ranks again halves the gradient"
+    for errors in measured[MEAN[0]]:
+        assert errors['gradients'] == pytest.approx(.5, abs=1e-5) and errors['norm'] > .4 and errors['loss'] < 1e-2
+
+@pytest.mark.parametrize('n, which', NARROW)
+def test_bfloat16_stays_near(measured, n, which):
+    "Gathered in bfloat16, summed in float32: 8 bits of each factor remain, so a few times 2^-8 of the largest gradient"
+    for errors in measured[n, which]:
+        assert errors['same start'] and errors['loss'] < 2e-3 and 1e-4 < errors['gradients'] < .05 and errors['norm'] < .02, errors
