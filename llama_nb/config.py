@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FREE_SETTINGS', 'ffn_width', 'ModelConfig', 'parameter_table', 'OptimConfig', 'DataConfig', 'TrainConfig',
-           'RunConfig', 'setting_names', 'parse_flags', 'load_run', 'dump_run', 'differences']
+           'ParallelConfig', 'RunConfig', 'setting_names', 'parse_flags', 'load_run', 'dump_run', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
 import contextlib, io, re, tomllib
@@ -14,7 +14,7 @@ import tomli_w, tyro
 from .core import UserError, choose
 
 # %% ../nbs/01_config.ipynb #check-fields
-_ZERO_IS_FINE = {'seed', 'warmup_steps', 'weight_decay', 'min_lr_ratio', 'peak_flops'}
+_ZERO_IS_FINE = {'memory_budget', 'seed', 'warmup_steps', 'weight_decay', 'min_lr_ratio', 'peak_flops', 'keep_every', 'prefetch', 'hang_minutes', 'shard'}
 
 def _check_fields(config):
     "Raise `UserError` where a field of dataclass `config` has the wrong type or is not positive"
@@ -118,13 +118,35 @@ class TrainConfig:
     device:str='auto'         # auto, cpu, cuda, cuda:1, mps
     dtype:str='float32'       # type of the computation: float32 or bfloat16; weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers
-    recompute:str='none'      # what blocks keep for the backward pass: none (everything), full, linear, manual
+    recompute:str='none'      # what blocks keep for the backward pass: none (everything), full, linear, manual, budget
+    memory_budget:float=0.5   # for budget: 0 keeps the inputs of a block, 1 all that the compiler would keep
     compile:str='off'         # off, or blocks: torch.compile for each block
     eval_every:int=250        # steps between measurements on the held-out text
     eval_sequences:int=64     # held-out sequences in such a measurement
     save_every:int=500        # steps between checkpoints
     keep:int=2                # checkpoints that are kept
+    keep_every:int=0          # steps between checkpoints that are kept for good; 0 = none
+    prefetch:int=2            # batches read in advance by a worker process; 0 = none
+    max_skipped:int=5         # steps in a row that may be skipped because a number is not finite
+    spike_sigmas:float=6.0    # report a loss that lies so many standard deviations above the last 128
+    hang_minutes:float=30.0   # end the process with all stacks shown if a step takes longer; 0 = never
     peak_flops:float=0.0      # FLOP/s of the device, for the mfu in the metrics; 0 = not known
+
+    def __post_init__(self):
+        _check_fields(self)
+        if self.memory_budget > 1: raise UserError(f'TrainConfig.memory_budget must be at most 1, not {self.memory_budget}')
+        if self.recompute == 'budget' and self.compile == 'off':
+            raise UserError("train.recompute 'budget' is decided by the compiler; set train.compile to 'blocks', or train.recompute to 'linear'")
+
+# %% ../nbs/01_config.ipynb #parallelconfig
+@dataclass(frozen=True)
+class ParallelConfig:
+    "How many ranks divide the work"
+    replicate:int=1           # groups that each hold the whole state
+    shard:int=0               # ranks of a group that share weights, gradients and optimiser; 0 = as many as remain
+    tensor:int=1              # ranks that share each matrix product
+    sequence:bool=True        # they share norms and the stream too, by positions
+    async_tensor:bool=False   # ... and send pieces of a product while they compute the next; compiled blocks, GPUs joined by NVLink
 
     def __post_init__(self): _check_fields(self)
 
@@ -137,6 +159,7 @@ class RunConfig:
     data:DataConfig
     train:TrainConfig
     optim:OptimConfig=field(default_factory=OptimConfig)
+    parallel:ParallelConfig=field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         t, longest = self.data.seq_len, self.model.max_seq_len
@@ -189,7 +212,7 @@ def parse_flags(cls,           # a dataclass
         if a.startswith('--') and a != '--help': choose(setting_names(cls), a[2:].split('=')[0].replace('-', '_'), 'setting')
     shown = io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown): return tyro.cli(cls, args=list(args), prog=prog)
+        with contextlib.redirect_stderr(shown): return tyro.cli(cls, args=list(args), prog=prog, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as e:
         if e.code in (0, None): raise
         problem = re.sub(r'^Error parsing [a-zA-Z]\w*: ', '', _first_words(shown.getvalue()))     # our own checks need no preface
@@ -222,7 +245,8 @@ def dump_run(config:RunConfig)->str: # TOML text
     return tomli_w.dumps({k: table[k] for k in order})
 
 # %% ../nbs/01_config.ipynb #differences
-FREE_SETTINGS = {'out', 'train.device', 'train.recompute', 'train.compile', 'train.eval_every', 'train.eval_sequences', 'train.save_every', 'train.keep', 'train.peak_flops'}
+FREE_SETTINGS = {'out', 'parallel.replicate', 'parallel.shard', 'parallel.tensor', 'parallel.sequence', 'parallel.async_tensor', 'train.device', 'train.micro_batch_size', 'train.recompute', 'train.memory_budget', 'train.compile', 'train.eval_every', 'train.eval_sequences', 'train.save_every', 'train.keep', 'train.keep_every',
+                 'train.prefetch', 'train.max_skipped', 'train.spike_sigmas', 'train.hang_minutes', 'train.peak_flops'}
 
 def differences(old:RunConfig, new:RunConfig)->list[str]: # 'train.steps: 10 -> 20'
     "Settings that make `new` another experiment than `old`"

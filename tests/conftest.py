@@ -1,5 +1,5 @@
 "What the tests share: a small prepared data set, and a way to run the command line as a process."
-import os, subprocess, sys, time
+import itertools, json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -31,6 +31,55 @@ def wait_for():
             assert time.monotonic() < end, 'nothing happened in time'
             time.sleep(.02)
     return wait
+
+class Ranks:
+    "A run on several processes over the loopback, without a launcher; its store is a file"
+    def __init__(self, n, args, folder):
+        folder.mkdir()
+        env = {**ENV, 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n), 'INIT_METHOD': f'file://{folder}/store', 'GLOO_SOCKET_IFNAME': 'lo'}
+        self.logs = [open(folder/f'{rank}.log', 'w+') for rank in range(n)]
+        self.processes = [subprocess.Popen(command(*args), env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, stdout=log, stderr=subprocess.STDOUT) for rank, log in enumerate(self.logs)]
+
+    def log(self, rank=0): self.logs[rank].seek(0); return self.logs[rank].read()
+
+    def wait(self, seconds=120):
+        "Exit codes of all ranks"
+        end = time.monotonic() + seconds
+        for p in self.processes:
+            try: p.wait(max(end - time.monotonic(), .01))
+            except subprocess.TimeoutExpired: self.kill(); raise AssertionError(f'did not end in {seconds} s:\n' + '\n'.join(self.log(i)[-2000:] for i in range(len(self.logs)))) from None
+        return [p.returncode for p in self.processes]
+
+    def until(self, true, seconds=120):
+        "Wait until `true()`, while all ranks live"
+        end = time.monotonic() + seconds
+        while not true():
+            dead = [i for i, p in enumerate(self.processes) if p.poll() is not None]
+            assert not dead and time.monotonic() < end, f'ranks {dead} ended, or nothing happened in time:\n' + self.log((dead or [0])[0])[-3000:]
+            time.sleep(.01)
+
+    def kill(self):
+        for p in self.processes: p.kill()
+        for p in self.processes: p.wait()
+
+@pytest.fixture
+def start_ranks(tmp_path):
+    "Start `llama-nb ...` on several ranks; what still lives at the end of the test is ended"
+    started, numbers = [], itertools.count()
+    def start(n, *args):
+        started.append(Ranks(n, args, tmp_path/f'ranks-{next(numbers)}'))
+        return started[-1]
+    yield start
+    for ranks in started:
+        ranks.kill()
+        for log in ranks.logs: log.close()
+
+def metrics(folder):
+    "The complete lines of a run's diary"
+    path = Path(folder)/'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')] if path.exists() else []
+
+def numbers(folder): return [(m['step'], m['loss'], m['grad_norm'], m['lr'], m['tokens']) for m in metrics(folder)]
 
 RUN = '''
 out = "{out}"

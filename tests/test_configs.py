@@ -1,8 +1,11 @@
-"The run files in configs/ say what Table 2 says."
+"The run files in configs/ say what Table 2 says, and their layouts can be built and fit."
+import json, re, subprocess, sys
 from pathlib import Path
 import pytest
 from llama_nb.config import PRESETS, load_run
+from llama_nb.parallel.mesh import degrees
 from llama_nb.toy import toy_config
+from conftest import ENV
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
 
@@ -19,3 +22,73 @@ def test_toy_file_is_the_toy():
 
 def test_every_file_loads():
     assert sorted(p.stem for p in CONFIGS.glob('*.toml')) == ['13B', '33B', '65B', '7B', 'toy']
+
+# --- layouts ------------------------------------------------------------------------------------
+
+WORLD = {'7B': 512, '13B': 1024, '33B': 2048, '65B': 2048}
+A100 = 80e9         # bytes; the card has 80 GiB, the difference is for CUDA, NCCL and holes
+
+def layout(name):
+    run = load_run(CONFIGS/f'{name}.toml')
+    return run, degrees(run.parallel, run.model, WORLD[name])
+
+def gigabytes(run, shard, tensor):
+    "State, activations and work of one GPU, as the comment in the file explains them"
+    c, rows = run.model, run.train.micro_batch_size*run.data.seq_len
+    block, ends = 4*c.dim**2 + 3*c.dim*c.ffn_dim, 2*c.vocab_size*c.dim
+    return [x/1e9 for x in (16*c.n_params/(shard*tensor), rows*c.n_layers*(14*c.dim + 4*c.ffn_dim)/tensor, 6*(ends + 3*block)/tensor)]
+
+@pytest.mark.parametrize('name', WORLD)
+def test_the_batch_is_shared_without_rest_and_the_estimate_fits(name):
+    run, (r, s, t) = layout(name)
+    assert run.data.batch_size == r*s*run.train.micro_batch_size and run.data.seq_len % t == 0
+    assert run.train.recompute == 'linear' and run.train.dtype == 'bfloat16'         # what the estimate supposes
+    numbers = gigabytes(run, s, t)
+    said = re.search(r'computed\): ([\d.]+) GB state \+ ([\d.]+) GB activations \+ ([\d.]+) GB work = ([\d.]+) GB', (CONFIGS/f'{name}.toml').read_text())
+    assert [float(x) for x in said.groups()] == [round(x, 1) for x in (*numbers, sum(numbers))]
+    assert sum(numbers)*1e9 < .9*A100
+
+BUILD = """
+import json, sys, torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from llama_nb.config import load_run
+from llama_nb.model.transformer import LLaMA
+from llama_nb.parallel.data import apply_data_parallel
+from llama_nb.parallel.mesh import data_rank, degrees, make_mesh
+from llama_nb.parallel.tensor import apply_tensor_parallel
+path, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=world)
+run = load_run(path)
+mesh = make_mesh(degrees(run.parallel, run.model, world), 'cpu')
+with torch.device('meta'): model = LLaMA(run.model)
+apply_tensor_parallel(model, mesh['tensor'], run.parallel.sequence)
+apply_data_parallel(model, mesh, torch.bfloat16)
+local = {n: list(p.to_local().shape) for n, p in model.named_parameters()}
+print(json.dumps({'place': mesh.get_coordinate(), 'part': data_rank(mesh), 'whole': sum(p.numel() for p in model.parameters()),
+                  'numbers': sum(p.to_local().numel() for p in model.parameters()), 'types': sorted({str(p.dtype) for p in model.parameters()}),
+                  'groups': {n: dist.get_process_group_ranks(mesh[n].get_group()) for n in mesh.mesh_dim_names},
+                  'local': {n: s for n, s in local.items() if not n.startswith('layers.') or n.startswith('layers.0.')}}))
+"""
+
+@pytest.mark.parametrize('name, rank', [('7B', 0), ('13B', 1023), ('33B', 1234), ('65B', 0), ('65B', 1234)])
+def test_a_rank_of_the_full_world_holds_what_the_closed_form_says(name, rank):
+    "The real model is shared by the real code among all ranks, of which only this one exists; on the meta device, so no number has memory"
+    run, (r, s, t) = layout(name)
+    done = subprocess.run([sys.executable, '-c', BUILD, CONFIGS/f'{name}.toml', str(rank), str(WORLD[name])], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    got, c = json.loads(done.stdout), run.model
+    d, f, v = c.dim, c.ffn_dim, c.vocab_size
+    assert got['whole'] == c.n_params and got['types'] == ['torch.float32']
+    place = [rank//(s*t), rank//t%s, rank%t]
+    assert got['place'] == place and got['part'] == [rank//t, r*s]
+    assert got['groups']['tensor'] == list(range(rank - rank%t, rank - rank%t + t))      # neighbours, in one machine of 8
+    assert got['groups']['shard'] == [place[0]*s*t + i*t + place[2] for i in range(s)]
+    columns, rows = [d//t//s, d], [d//s, d//t]                                           # torch keeps (out, in)
+    expected = {'tok_embeddings.weight': [v//t//s, d], 'norm.weight': [d//s], 'output.weight': [v//t//s, d],
+                'layers.0.attention_norm.weight': [d//s], 'layers.0.ffn_norm.weight': [d//s], **{f'layers.0.attention.w{x}.weight': columns for x in 'qkv'}, 'layers.0.attention.wo.weight': rows,
+                'layers.0.feed_forward.w1.weight': [f//t//s, d], 'layers.0.feed_forward.w3.weight': [f//t//s, d], 'layers.0.feed_forward.w2.weight': [d//s, f//t]}
+    assert got['local'] == expected
+    gains = (2*c.n_layers + 1)*d
+    assert got['numbers'] == (c.n_params - gains)//(s*t) + gains//s                      # the gains are not cut by tensor
+    assert abs(16*got['numbers']/1e9/gigabytes(run, s, t)[0] - 1) < .002                 # the estimate cuts them: 1 in 1,000 of what 65B keeps

@@ -4,14 +4,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 import torch
-
-def metrics(folder): return [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines(True) if line.endswith('}\n')]
+from conftest import metrics
 
 def lines(folder):
     path = folder/'metrics.jsonl'
     return path.read_text().count('\n') if path.exists() else 0
 
-def weights(folder): return load_file(sorted((folder/'checkpoints').iterdir())[-1]/'model.safetensors')
+def weights(folder): return load_file(sorted((folder/'checkpoints').iterdir())[-1]/'model-00000.safetensors')
 
 def one_line(err): return [line for line in err.splitlines() if line.startswith('llama-nb: error: ')]
 
@@ -49,13 +48,13 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path, run_file, llama
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, run_file, llama_nb):
     path, out = run_file(20, save_every=10), tmp_path/'run'
     assert llama_nb('train', path)[0] == 0
-    right, file = weights(out), out/'checkpoints'/'step-00000020'/'optimizer.safetensors'
+    right, file = weights(out), out/'checkpoints'/'step-00000020'/'optimizer-00000.safetensors'
     file.write_bytes(file.read_bytes()[:-100])
     status, shown, err = llama_nb('train', path)
-    assert status == 0 and 'step-00000020' in shown + err and 'optimizer.safetensors' in shown + err and 'step-00000010 instead' in shown + err
+    assert status == 0 and 'step-00000020' in shown + err and 'optimizer-00000.safetensors' in shown + err and 'step-00000010 instead' in shown + err
     again = weights(out)
     assert all(torch.equal(right[k], again[k]) for k in right)          # ten steps made again, the same
-    for p in (out/'checkpoints').iterdir(): (p/'model.safetensors').write_bytes(b'')
+    for p in (out/'checkpoints').iterdir(): (p/'model-00000.safetensors').write_bytes(b'')
     status, _, err = llama_nb('train', path)
     assert status == 2 and len(one_line(err)) == 1 and 'are damaged' in err
     status, _, err = llama_nb('generate', out)

@@ -92,6 +92,8 @@ class TokenShards:
         self.digest, self._starts = bytes_digest(raw), np.cumsum([0] + [s['tokens'] for s in shards])
         self._map = lru_cache(64)(lambda i: np.memmap(self.folder/shards[i]['name'], dtype=token_dtype(self.vocab_size), mode='r'))
 
+    def __reduce__(self): return type(self), (self.folder,)                  # another process opens the files by itself
+
     def _check_size(self, path:Path, wanted:int):
         size = path.stat().st_size if path.is_file() else 0
         if size != wanted: raise UserError(f'{path} has {size} bytes instead of {wanted}; copy or write the shards again')

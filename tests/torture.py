@@ -1,0 +1,8 @@
+"The long form of the tests on death: `make torture`, some minutes on two cores."
+import pytest
+from test_parallel_runs import torture
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize('args', [('--train.micro-batch-size', 2), ('--parallel.tensor', 2)])
+def test_a_random_rank_of_four_is_killed_twenty_times(run_file, start_ranks, tmp_path, args):
+    assert torture(4, 20, 400, run_file, start_ranks, tmp_path, 2, *args) == 19
