@@ -5,20 +5,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test notebooks prepare docs clean
+.PHONY: help toy test torture test-slurm notebooks prepare docs clean
 
 help:
-	@echo 'make toy       train and sample a small LLaMA on the text of your own Python (minutes)'
-	@echo 'make test      export, notebooks and tests (minutes)'
-	@echo 'make prepare   after editing a notebook: clean, export, README'
-	@echo 'make docs      all pages as HTML in _docs'
-	@echo 'make clean     remove .venv and what the tools leave behind; runs/ stays'
+	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
+	@echo 'make test       export, notebooks and tests (minutes)'
+	@echo 'make torture    ranks killed at random instants, during saves too (long)'
+	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
+	@echo 'make prepare    after editing a notebook: clean, export, README'
+	@echo 'make docs       all pages as HTML in _docs'
+	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
 
 toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
 test: notebooks
 	$(BIN)/python -m pytest tests
+
+torture: .venv/installed-dev
+	$(BIN)/python -m pytest tests/torture.py
+
+test-slurm: .venv/installed-dev
+	$(BIN)/python -m pytest -rP tests/slurm.py
 
 notebooks: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

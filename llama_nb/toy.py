@@ -129,7 +129,7 @@ def toy(config:RunConfig, # as from `toy_config`
     run = Trainer(config, report=report)
     report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {config.data.batch_size*config.data.seq_len:,} tokens on {run.device}')
     if fit(run, progress): return None
-    nats, _ = evaluate(run.model, run.held_out, config.data.seq_len)
+    nats = evaluate(run.model, run.held_out, config.data.seq_len)[0].item()
     results = {'llama': bits_per_byte(nats, run.held_out.n_bytes), 'zlib -9': zlib_bits,
                'trigram': trigram_bits_per_byte(run.loader, run.step, run.held_out), 'tokens': run.step*config.data.batch_size*config.data.seq_len}
     write_atomic(run.out/'results.json', json.dumps(results, indent=1) + '\n')
