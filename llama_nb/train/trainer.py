@@ -8,7 +8,7 @@ __all__ = ['forward_loss', 'accumulate', 'document_numbers', 'flops_per_token', 
            'finish_step', 'run_tensors', 'save', 'resume', 'fit', 'Diary', 'quiet_gc']
 
 # %% ../../nbs/61_train.trainer.ipynb #imports
-import ctypes, gc, math, socket, time
+import ctypes, gc, math, socket, sys, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import torch
@@ -289,7 +289,8 @@ def fit(run:Trainer,
         everywhere(lambda: stack.enter_context(ckpt.lock_folder(run.out)) if run.rank == 0 else None)
         run.got, alive = stack.enter_context(stop_on_signal()), stack.enter_context(watchdog(c.hang_minutes))
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
-        bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress or run.rank > 0))
+        often = .1 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30.    # seconds; a log file is not a screen
+        bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress or run.rank > 0, mininterval=often, maxinterval=often))
         diary = stack.enter_context(Diary(run, bar)); stack.enter_context(quiet_gc())
         while run.step < c.steps and not diary.signals:
             diary.add(train_step(run)); alive()
