@@ -1,7 +1,8 @@
 """What a run pays besides its steps: for saving, in a thread and without one, and for waiting for its text.
 
 One run at the size of train_step.py, whose blocks of steps take turns: nothing saved, saved asynchronously after the first step, saved in the loop after the first step.
-So whatever else the machine does hits all three alike. The share is that of one save in so many steps as a block has. Writes benchmarks/trainer.md and .json.
+So whatever else the machine does hits all three alike. What a save costs is what the steps of its block take longer: of each step in a block the median over the rounds,
+since one step varies by more than a save takes. Writes benchmarks/trainer.md and .json.
 
     python benchmarks/trainer.py --help
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/trainer.py
@@ -21,8 +22,9 @@ class Settings:
     vocab:int=4096
     batch:int=8               # sequences in a step
     seq:int=256               # tokens in a sequence
-    block:int=20              # steps for each save
-    rounds:int=7              # blocks of each kind
+    block:int=6               # steps for each save, enough for it to end
+    rounds:int=25             # blocks of each kind
+    every:int=20              # steps between two saves, for the share of the time that they cost
     name:str='trainer'        # of the table
 
 def shards(folder):
@@ -33,18 +35,18 @@ def shards(folder):
     docs = list(topic_documents())
     write_shards(docs, train_tokenizer((d.text for d in docs), folder/'tokenizer.model', 1000), folder/'tokens')
 
-def open_run(folder, s):
+def open_run(folder, s, ranks):
     from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
     from llama_nb.train.trainer import Trainer
     model = ModelConfig(s.dim, s.layers, s.heads, vocab_size=s.vocab, multiple_of=32, max_seq_len=s.seq)
     steps = 3*s.block*(s.rounds + 1) + 2
     return Trainer(RunConfig(str(folder/'run'), model, DataConfig(str(folder/'tokens'), seq_len=s.seq, batch_size=s.batch),
-                             TrainConfig(steps=steps, micro_batch_size=1, save_every=steps, keep=1), OptimConfig(warmup_steps=10)))
+                             TrainConfig(steps=steps, micro_batch_size=s.batch//ranks, save_every=steps, keep=1), OptimConfig(warmup_steps=10)))
 
 def block(run, s, kind):
-    "Seconds of a block of steps, and of those the seconds in which it waited for text and in which the loop stood still for saving"
+    "Seconds of each step of a block, and of those the seconds in which it waited for text and in which the loop stood still for saving"
     from llama_nb.train import trainer
-    waited, stood, begin = 0., 0., time.perf_counter()
+    seconds, waited, stood = [], 0., 0.
     def next_batch(run):
         nonlocal waited
         start = time.perf_counter(); got = original(run); waited += time.perf_counter() - start
@@ -52,14 +54,15 @@ def block(run, s, kind):
     original, trainer.next_batch = trainer.next_batch, next_batch
     try:
         for i in range(s.block):
+            begin = time.perf_counter()
             trainer.train_step(run)['loss'].item()
             if i == 0 and kind != 'nothing saved':
                 start = time.perf_counter()
                 trainer.save(run)
                 if kind == 'saved in the loop': run.saver.wait()
                 stood = time.perf_counter() - start
+            seconds.append(time.perf_counter() - begin)
     finally: trainer.next_batch = original
-    seconds = time.perf_counter() - begin
     run.saver.wait()
     return {'seconds': seconds, 'waited': waited, 'stood': stood}
 
@@ -72,7 +75,7 @@ def main(s):
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0: shards(folder[0])
     if dist.is_initialized(): dist.barrier()
-    run, kinds = open_run(folder[0], s), ('nothing saved', 'saved asynchronously', 'saved in the loop')
+    run, kinds = open_run(folder[0], s, dist.get_world_size() if dist.is_initialized() else 1), ('nothing saved', 'saved asynchronously', 'saved in the loop')
     got = {kind: [] for kind in kinds}
     for i in range(s.rounds + 1):
         for kind in kinds:
@@ -86,18 +89,20 @@ def main(s):
 
 def write(s, got, run):
     import torch
-    median = lambda kind, what: statistics.median(b[what] for b in got[kind])
-    base = median('nothing saved', 'seconds')
-    rows = {kind: {'seconds': median(kind, 'seconds'), 'cost': median(kind, 'seconds')/base - 1, 'stood': median(kind, 'stood'), 'waited': median(kind, 'waited')/median(kind, 'seconds')} for kind in got}
+    steps = {kind: [statistics.median(at) for at in zip(*(b['seconds'] for b in got[kind]))] for kind in got}
+    step = statistics.median(x for b in got['nothing saved'] for x in b['seconds'])
+    extra = {kind: sum(steps[kind]) - sum(steps['nothing saved']) for kind in got}
+    rows = {kind: {'stood': statistics.median(b['stood'] for b in got[kind]), 'extra': extra[kind], 'share': extra[kind]/(s.every*step),
+                   'waited': statistics.median(b['waited']/sum(b['seconds']) for b in got[kind])} for kind in got}
     cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor())
     about = {**asdict(s), 'ranks': run.ranks, 'threads': torch.get_num_threads(), 'python': platform.python_version(), 'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d')}
     size = sum(p.stat().st_size for p in run.out.rglob('*.safetensors'))/1e6
     lines = ['# What a run pays besides its steps', '',
              f'Measured {about["date"]} on {cpu}, {run.ranks} rank{"s" if run.ranks > 1 else ""} of {about["threads"]} thread{"s" if about["threads"] > 1 else ""}, Python {about["python"]}, torch {about["torch"]}. '
-             f'{run.config.model.n_params:,} parameters, {s.batch} sequences of {s.seq} tokens a step; checkpoints of {size:,.0f} MB. Blocks of {s.block} steps, one save in each, took turns; medians of {s.rounds} blocks.', '',
-             '| | seconds a block | of the time of a run that saves nothing | the loop stood still for, ms | waiting for text |', '|---|---|---|---|---|']
-    for kind, r in rows.items(): lines.append(f'| {kind} | {r["seconds"]:.2f} | {r["cost"]:+.1%} | {1000*r["stood"]:.0f} | {r["waited"]:.2%} |')
-    lines += ['', f'With a save every 500 steps, as a run does unless told otherwise, the cost is {s.block/500:.2f} of that. Made by `python benchmarks/trainer.py`.']
+             f'{run.config.model.n_params:,} parameters, {s.batch} sequences of {s.seq} tokens and {1000*step:.0f} ms a step; checkpoints of {size:,.0f} MB. Blocks of {s.block} steps, one save in each, took turns; medians of {s.rounds} blocks.', '',
+             f'| | the loop stood still for, ms | a save lengthens the run by, ms | of a run that saves every {s.every} steps | waiting for text |', '|---|---|---|---|---|']
+    for kind, r in rows.items(): lines.append(f'| {kind} | {1000*r["stood"]:.0f} | {1000*r["extra"]:.0f} | {r["share"]:.1%} | {r["waited"]:.2%} |')
+    lines += ['', f'A run saves every 500 steps unless told otherwise, which costs a {500//s.every}th of that. Made by `python benchmarks/trainer.py`.']
     (HERE/f'{s.name}.json').write_text(json.dumps({'settings': about, 'rows': rows, 'blocks': got}, indent=1) + '\n')
     (HERE/f'{s.name}.md').write_text('\n'.join(lines) + '\n')
     print('\n'.join(lines))
