@@ -6,8 +6,7 @@
 __all__ = []
 
 # %% ../nbs/99_main.ipynb #imports
-import sys
-from .cli import main
+from .cli import program
 
 # %% ../nbs/99_main.ipynb #program
-if __name__ == '__main__' and __package__: sys.exit(main())
+if __name__ == '__main__' and __package__: program()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Toy', 'TokenizerCommand', 'Data', 'Show', 'train', 'open_run', 'newest', 'Generate', 'Convert', 'usage',
-           'dispatch', 'main']
+           'dispatch', 'main', 'program']
 
 # %% ../nbs/99_cli.ipynb #imports
 import os, sys
@@ -19,7 +19,7 @@ from .data.shards import write_shards
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .infer.generate import check_request, generate_steps, stream_text
 from .model.transformer import LLaMA
-from .parallel.mesh import stop_ranks
+from .parallel.mesh import end_rank, stop_ranks
 from .toy import toy, toy_config
 from .train.checkpoint import consolidate, latest_checkpoint, load_checkpoint
 from .train.trainer import Trainer, fit, open_data
@@ -185,3 +185,9 @@ def main(args:list[str]|None=None)->int: # exit code: 0 done, 2 a mistake, 128 +
     rank = f'rank {os.environ["RANK"]}: ' if os.environ.get('RANK', '0') != '0' else ''
     print(f'llama-nb: {rank}error: {problem}', file=sys.stderr)
     return 2
+
+def program():
+    "`main` as a process of its own, which ends with its exit code"
+    code = main()
+    if 'WORLD_SIZE' in os.environ: end_rank(code)
+    sys.exit(code)
