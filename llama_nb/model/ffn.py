@@ -21,9 +21,12 @@ def gated_linear_backward(dy:Tensor,     # (..., d) gradient of the output
     if torch.is_grad_enabled():                             # a second derivative is wanted: operations that have one
         s = torch.sigmoid(a)
         silu, da = a*s, dm*c*s*(1 + a*(1 - s))
-    else: silu, da = F.silu(a), torch.ops.aten.silu_backward(dm*c, a)
-    dw = dy.flatten(0, -2).T@(silu*c).flatten(0, -2)
-    return da, dm*silu, dw.to(weight.dtype)
+        dc, m = dm*silu, silu*c
+    else:                                                   # each result is written over what nobody needs any more
+        da, silu = dm*c, F.silu(a)
+        torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)
+        dc, m = dm.mul_(silu), silu.mul_(c)
+    return da, dc, (dy.flatten(0, -2).T@m.flatten(0, -2)).to(weight.dtype)
 
 # %% ../../nbs/32_model.ffn.ipynb #gated-linear
 class _GatedLinear(torch.autograd.Function):

@@ -27,9 +27,9 @@ def rmsnorm_backward(dn:Tensor,    # (..., d) gradient of the output
     "Backward pass of RMSNorm, in float32 or better"
     r = inverse_rms(x, eps)
     hat, dn = x*r, dn.to(r.dtype)
-    product = dn*hat
-    mean = (product*gains).sum(-1, keepdim=True)/x.shape[-1]
-    dx = r*(dn*gains - hat*mean)
+    product, direct = dn*hat, dn*gains
+    with torch.autocast(x.device.type, enabled=False): mean = torch.linalg.vecdot(direct, hat).unsqueeze(-1)/x.shape[-1]
+    dx = torch.addcmul(direct, hat, mean, value=-1).mul_(r)
     return dx.to(x.dtype), product.sum(list(range(x.ndim - 1))).to(gains.dtype)
 
 # %% ../../nbs/30_model.norm.ipynb #rmsnorm
