@@ -6,12 +6,11 @@ each, so that whatever else the machine does hits all alike. Writes benchmarks/N
     python benchmarks/train_step.py --help
     python benchmarks/train_step.py --dim 4096 --layers 32 --heads 32 --vocab 32000 --seq 2048 --batch 8 --micro 1 --dtype bfloat16 --no-together --name train_step_7B
 """
-import json, os, platform, resource, statistics, subprocess, sys, time
+import json, platform, resource, statistics, subprocess, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KEEP = {'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_TRIM_THRESHOLD_': str(2**34), 'MALLOC_TOP_PAD_': str(2**26)}
 WARM_UP = 3
 
 @dataclass(frozen=True)
@@ -41,16 +40,19 @@ class Contestant:
     code:str                  # llama_nb, transformers, or matrix products alone
     recompute:str='none'
     compiled:bool=False
-    keeps_memory:bool=False   # glibc is told to keep freed memory
+    prepared:bool=False       # by llama_nb.train.host.prepare_host: freed memory is kept, and products use the whole width of the registers
     @property
-    def name(self): return ', '.join([self.code, *[f'recompute {self.recompute}']*(self.recompute != 'none'), *['compiled']*self.compiled, *['glibc keeps memory']*(self.keeps_memory and self.code == 'transformers')])
+    def name(self): return ', '.join([self.code, *[f'recompute {self.recompute}']*(self.recompute != 'none'), *['compiled']*self.compiled, *['host prepared']*(self.prepared and self.code != 'llama_nb'),
+                                        *['host as it comes']*(not self.prepared and self.code == 'llama_nb')])
 
 def contestants(s):
-    "Who takes part: on a CPU ours keeps freed memory as its trainer does, and transformers runs as it comes and with that help too"
-    found, cpu = [Contestant('matrix products alone')], device_of(s).type == 'cpu'
+    "Who takes part: on a CPU ours prepares the host as its trainer does, and transformers runs as it comes and on a prepared host too"
+    cpu = device_of(s).type == 'cpu'
+    found = [Contestant('matrix products alone', prepared=prepared) for prepared in (False, True)[:1 + cpu]]
     for compiled in (False, True)[:1 + s.compiled]:
-        found += [Contestant('llama_nb', mode, compiled, cpu) for mode in (s.compiled_modes if compiled else s.modes)]
-        found += [Contestant('transformers', 'none', compiled, keeps) for keeps in (False, True)[:1 + cpu]]
+        found += [Contestant('llama_nb', mode, compiled, True) for mode in (s.compiled_modes if compiled else s.modes)]
+        if cpu and not compiled: found.append(Contestant('llama_nb'))
+        found += [Contestant('transformers', 'none', compiled, prepared) for prepared in (False, True)[:1 + cpu]]
     return found
 
 def device_of(s):
@@ -65,8 +67,7 @@ def our_step(s, who, device, dtype):
     "The model, and a function that goes forward and backward through a batch and returns the mean loss"
     from llama_nb.model.transformer import LLaMA
     from llama_nb.train.recompute import apply_recompute
-    from llama_nb.train.trainer import accumulate, keep_freed_memory
-    if who.keeps_memory: keep_freed_memory()
+    from llama_nb.train.trainer import accumulate
     model = LLaMA(model_config(s)).to(device)
     for layer in model.layers: layer.attention.backend = s.attention
     apply_recompute(model, who.recompute, s.budget)
@@ -131,7 +132,9 @@ def worker(s, who):
     "One step for each line on stdin; answer with seconds, page faults, peak memory and loss. The line `memory` asks for the peak of the tensors"
     import torch
     from llama_nb.core import pick_dtype
+    from llama_nb.train.host import prepare_host
     device, dtype = device_of(s), pick_dtype(s.dtype)
+    if who.prepared and device.type == 'cpu': prepare_host()
     if who.code.startswith('matrix'): step, held = products_step(s, device, dtype), 0
     else: step, held = training_step(s, who, device, dtype)
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
@@ -144,8 +147,7 @@ def worker(s, who):
         print(json.dumps({'seconds': seconds, 'faults': faults, 'loss': loss if loss is None else loss.item()}), flush=True)
 
 def start(s, who):
-    env = KEEP if who.keeps_memory and who.code == 'transformers' else {}
-    w = subprocess.Popen([sys.executable, __file__, '--worker', json.dumps(asdict(s)), json.dumps(asdict(who))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
+    w = subprocess.Popen([sys.executable, __file__, '--worker', json.dumps(asdict(s)), json.dumps(asdict(who))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     w.stdout.readline()
     return w
 
@@ -201,8 +203,8 @@ def main(s):
     import torch, transformers
     got, c = measure(s, contestants(s)), model_config(s)
     medians = {who: statistics.median(a['seconds'] for a in answers) for who, (answers, _) in got.items()}
-    base = {who.compiled: m for who, m in medians.items() if who.code == 'transformers' and not who.keeps_memory}
-    peak = peak_of(s, next(m for who, m in medians.items() if who.code.startswith('matrix')))
+    base = {who.compiled: m for who, m in medians.items() if who.code == 'transformers' and not who.prepared}
+    peak = peak_of(s, min(m for who, m in medians.items() if who.code.startswith('matrix')))
     rows = {who.name: row(s, who, *got[who], base, peak) for who in got}
     about = {**asdict(s), 'n_params': c.n_params, 'device_name': device_name(s), 'python': platform.python_version(), 'torch': torch.__version__, 'transformers': transformers.__version__, 'date': time.strftime('%Y-%m-%d'),
              'peak': str(peak), 'convention': 'matrices, attention'}
@@ -210,10 +212,11 @@ def main(s):
     lines = ['# One training step', '', f'Measured {about["date"]} on {about["device_name"]}, Python {about["python"]}, torch {about["torch"]}, transformers {about["transformers"]}. '
              f'{c.n_params:,} parameters (width {s.dim}, {s.layers} layers, {s.heads} heads, vocabulary {s.vocab}), {s.batch} sequences of {s.seq} tokens, {s.micro or s.batch} at a time, {s.dtype}; forward, backward, clipping and fused AdamW. '
              f'Medians of {min(len(a) for a, _ in got.values())} rounds, one process each, ' + ('taking turns step by step.' if s.together else 'one after the other.'), '', *table(rows), '',
-             f'MFU and HFU count {"6 a matrix weight and 12 t d a layer and token"} (HFU: recomputed products too; empty where the compiler decides what to repeat), of {peak}' + (', the rate of "matrix products alone" in this run.' if peak.source == 'measured' else '.'), '']
+             f'MFU and HFU count {"6 a matrix weight and 12 t d a layer and token"} (HFU: recomputed products too; empty where the compiler decides what to repeat), of {peak}' + (', the better of the two rates of "matrix products alone" in this run.' if peak.source == 'measured' else '.'), '']
     if device_of(s).type == 'cpu':
-        lines += ['llama_nb runs as its trainer runs it, which tells glibc to keep freed memory; "glibc keeps memory" gives transformers the same by `' + ' '.join(f'{k}={v}' for k, v in KEEP.items()) + '`. '
-                  'The peak of the process holds the imported libraries too. GPU: not measured.', '']
+        from llama_nb.train.host import wide_products_problem
+        lines += ['llama_nb runs as its trainer runs it, which prepares the host (`llama_nb.train.host`): glibc keeps freed memory, and large float32 products go to oneDNN where oneMKL would use half of the registers'
+                  + (f' (not here: {problem})' if (problem := wide_products_problem()) else '') + '; "host prepared" does the same for the others. The peak of the process holds the imported libraries too. GPU: not measured.', '']
     lines += ['Compiled rows are compared with transformers compiled. Made by `python benchmarks/train_step.py`.']
     (HERE/f'{s.name}.md').write_text('\n'.join(lines) + '\n')
     print('\n'.join(lines))

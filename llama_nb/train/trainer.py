@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['forward_loss', 'accumulate', 'document_numbers', 'flops_per_token', 'check_settings', 'open_data', 'open_folder',
-           'evaluate', 'keep_freed_memory', 'build_model', 'Trainer', 'train_step', 'next_batch', 'OnTheWay',
-           'finish_step', 'run_tensors', 'save', 'resume', 'fit', 'Diary', 'quiet_gc']
+           'evaluate', 'build_model', 'Trainer', 'train_step', 'next_batch', 'OnTheWay', 'finish_step', 'run_tensors',
+           'save', 'resume', 'fit', 'Diary', 'quiet_gc']
 
 # %% ../../nbs/61_train.trainer.ipynb #imports
-import ctypes, gc, math, socket, sys, time
+import gc, math, socket, sys, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import torch
@@ -28,6 +28,7 @@ from ..parallel.mesh import data_rank, degrees, make_mesh, rank_and_size, start_
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, parallel_loss_sum
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, Patience, SpikeGuard, stop_on_signal, watchdog
+from .host import prepare_host
 from .loss import chunked_loss_sum
 from .metrics import Metrics, plot_loss, read_metrics
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
@@ -141,14 +142,6 @@ def _row(shards:TokenShards, start:int, seq_len:int)->Tensor: # (seq_len + 1,) i
     ids = torch.from_numpy(shards.read(start, min(start + seq_len + 1, shards.n_tokens)).astype('int64'))
     return torch.nn.functional.pad(ids, (0, seq_len + 1 - len(ids)), value=-100)
 
-# %% ../../nbs/61_train.trainer.ipynb #keep-freed-memory
-def keep_freed_memory()->bool: # whether the C library is one that can
-    "Tell glibc to keep freed memory for the next step instead of returning it to the system; holds for the whole process"
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False       # not glibc
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3            # malloc.h
-    return all([mallopt(mmap_threshold, 2**30), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**26)])
-
 # %% ../../nbs/61_train.trainer.ipynb #build-model
 def build_model(config:RunConfig,
                 device:torch.device,
@@ -183,7 +176,7 @@ class Trainer:
         self.bos_id = Tokenizer(self.loader.shards.folder/'tokenizer.model').bos_id if config.data.documents == 'separate' else None
         self._same_data()
         self.out = from_main(lambda: open_folder(config, self.loader.shards))
-        if self.device.type == 'cpu': keep_freed_memory()
+        if self.device.type == 'cpu': prepare_host()
         torch.manual_seed(c.seed)
         self.patience, self.saver = Patience(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every)
         path = ckpt.latest_checkpoint(self.out/'checkpoints', report=self.report)
