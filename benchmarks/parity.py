@@ -15,7 +15,7 @@ from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.agree import total
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh, run_ranks
-from llama_nb.parallel.tensor import apply_tensor_parallel
+from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.trainer import accumulate
@@ -53,6 +53,7 @@ def five_steps(model, rank=0, size=1, pieces=1, dtype=torch.float32):
         inputs, targets = batch(model.config, step)
         mine = inputs.chunk(size)[rank], targets.chunk(size)[rank]
         out['loss'].append(accumulate(model, *mine, len(mine[0])//pieces, dtype, count=(targets != -100).sum()))
+        finish_gradients(model)
         if step == 0: out['gradients'] = {n: whole(p.grad).clone() for n, p in model.named_parameters()}
         out['norm'].append(whole(clip_grad_norm(model.parameters(), .1)))   # a limit below the norm, so that it clips
         optimizer.step(); optimizer.zero_grad()

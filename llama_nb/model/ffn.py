@@ -34,7 +34,8 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, c, weight):
         ctx.save_for_backward(a, c, weight)
-        return F.linear(F.silu(a).mul_(c), weight)
+        m = F.silu(a).mul_(c)
+        return F.linear(m, weight.to(m.dtype))              # here, where no graph is recorded: autocast would cast, and hand the result to others
     @staticmethod
     def backward(ctx, dy): return gated_linear_backward(dy, *ctx.saved_tensors)
 

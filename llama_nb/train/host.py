@@ -30,13 +30,11 @@ def wide_product(a:Tensor, # (n, k) float32, on a CPU
 
 # %% ../../nbs/44_train.host.ipynb #replace-products
 _WORTH = 2**22                                             # multiplications
-_LIBRARY = None                                            # the exchange holds as long as this object lives
 
 def _wide(a, b): return a.dtype == b.dtype == torch.float32 and a.shape[0]*a.shape[1]*b.shape[1] >= _WORTH
 
 def _replace_products():
     "Exchange the CPU kernels of mm and addmm for this process"
-    global _LIBRARY
     old = {name: torch.library.get_kernel(f'aten::{name}', 'CPU') for name in ('mm', 'mm.out', 'addmm.out')}
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     def mm(a, b): return wide_product(a, b) if _wide(a, b) else old['mm'].call_boxed(cpu, a, b)
@@ -47,7 +45,7 @@ def _replace_products():
     library = torch.library.Library('aten', 'IMPL')
     with warnings.catch_warnings(action='ignore'):         # that the kernels are exchanged
         for name, kernel in (('mm', mm), ('mm.out', mm_out), ('addmm.out', addmm_out)): library.impl(name, kernel, 'CPU')
-    _LIBRARY = library
+    torch.ops.aten.mm.exchanged = library                  # lives as long as the process, and tells a second import of this module
 
 # %% ../../nbs/44_train.host.ipynb #use-wide-products
 def cpu_maker()->str: # as the processor spells it: GenuineIntel, AuthenticAMD; empty where Linux does not say
@@ -67,7 +65,7 @@ def wide_products_problem()->str: # empty if they are worth it
 def use_wide_products()->str: # why not; empty if they are in use
     "From here on, this process does large float32 products on the CPU with oneDNN, where oneMKL would use half of the registers"
     problem = wide_products_problem()
-    if not problem and _LIBRARY is None: _replace_products()
+    if not problem and not hasattr(torch.ops.aten.mm, 'exchanged'): _replace_products()
     return problem
 
 def prepare_host():

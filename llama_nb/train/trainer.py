@@ -25,7 +25,7 @@ from ..model.transformer import LLaMA
 from ..parallel.agree import everywhere, from_main, total
 from ..parallel.data import apply_data_parallel, materialize, sync_gradients
 from ..parallel.mesh import data_rank, degrees, make_mesh, rank_and_size, start_ranks
-from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, parallel_loss_sum
+from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, Patience, SpikeGuard, stop_on_signal, watchdog
 from .host import prepare_host
@@ -203,6 +203,7 @@ def train_step(run:Trainer)->dict: # step, lr, and what travels: loss, grad_norm
     count = run.total((targets != -100).sum())
     loss = accumulate(run.model, inputs, targets, c.train.micro_batch_size, run.dtype, run.bos_id, count)
     loss, *signals = run.total(torch.stack([loss, *(torch.full_like(loss, n in run.got) for n in STOP_SIGNALS)]))
+    finish_gradients(run.model)
     norm = clip_grad_norm(run.model.parameters(), c.optim.max_grad_norm)
     lr = cosine_lr(run.step, c.optim, c.train.steps)
     set_lr(run.optimizer, lr)
