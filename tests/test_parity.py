@@ -12,6 +12,7 @@ ALL = [(2, 'FSDP'), (4, 'HSDP'), (2, 'TP'), (2, 'TP+SP'), (4, 'FSDP x TP+SP')]  
 ONCE = [(2, 'HSDP'), (4, 'FSDP'), (4, 'TP'), (4, 'TP+SP'), (4, 'HSDP x TP+SP')]
 MATRIX = [(n, case(name, mode)) for n, name in ALL for mode in parity.MODES] + [(n, case(name)) for n, name in ONCE]
 UNEQUAL = [(4, case(name, model='odd')) for name in ('FSDP', 'HSDP', 'FSDP x TP+SP')]
+COMPILED = [(2, case('TP', compiled=True)), (2, case('TP+SP', 'linear', compiled=True)), (2, case('FSDP', compiled=True)), (4, case('FSDP x TP+SP', compiled=True))]
 MEAN = [(2, case('FSDP', factor=.5))]
 NARROW = [(4, case(name, dtype='bfloat16')) for name in ('FSDP', 'FSDP x TP+SP')]
 
@@ -26,7 +27,7 @@ def measured(folder):
     "case -> errors on each rank; starting processes takes longer than what they do, so one start for each number of them"
     found = {}
     for n in (2, 4):
-        cases = [c for m, c in MATRIX + UNEQUAL + MEAN + NARROW if m == n]
+        cases = [c for m, c in MATRIX + UNEQUAL + COMPILED + MEAN + NARROW if m == n]
         ranks = run_ranks('parity:measure', n, {'folder': str(folder), 'cases': cases}, timeout=600)
         found |= {(n, c): [r[i] for r in ranks] for i, c in enumerate(cases)}
     return found
@@ -36,7 +37,7 @@ def check(errors):
     assert errors['same start']                                                           # bitwise: a first number depends on name and seed alone
     for what in ('loss', 'gradients', 'norm', 'weights'): assert errors[what] < 1e-5, (what, errors)
 
-@pytest.mark.parametrize('n, which', MATRIX + UNEQUAL)
+@pytest.mark.parametrize('n, which', MATRIX + UNEQUAL + COMPILED)
 def test_as_one_process(measured, n, which):
     for errors in measured[n, which]: check(errors)
 

@@ -50,6 +50,7 @@ def apply_tensor_parallel(model:LLaMA,        # on any device, meta included
     stream = Shard(1) if sequence else Replicate()
     parallelize_module(model, mesh, {'tok_embeddings': RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
                                      'norm': _SharedGains(sequence), 'output': ColwiseParallel()})
+    model.tok_embeddings.register_forward_hook(lambda module, tokens, out: out.clone())    # has arrived: compiled blocks cannot go back through one that is under way
     for layer in model.layers: parallelize_module(layer, mesh, _block_plan(stream, sequence))
 
 # %% ../../nbs/51_parallel.tensor.ipynb #finish-gradients
