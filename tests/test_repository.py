@@ -1,5 +1,5 @@
 "The repository as a whole: nothing differs from what the notebooks export, and imports point one way."
-import ast, os, shutil, subprocess, sys
+import ast, json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -114,3 +114,12 @@ assert not any(m.split('.')[0] == 'xformers' for m in sys.modules), 'xformers is
 '''
     status, text = run(sys.executable, '-c', code, cwd=ROOT)
     assert status == 0, text
+
+def failed_cells(page): return [c['id'] for c in json.loads(page.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', ()) if o['output_type'] == 'error']
+
+@pytest.mark.parametrize('page', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_no_page_shows_a_cell_that_failed(page): assert failed_cells(page) == [], 'run it from top to bottom in a fresh kernel'
+
+def test_a_failed_cell_is_seen(tmp_path):
+    (tmp_path/'page.ipynb').write_text(json.dumps({'cells': [{'id': 'bad', 'outputs': [{'output_type': 'error'}]}, {'id': 'good', 'outputs': []}]}))
+    assert failed_cells(tmp_path/'page.ipynb') == ['bad']
