@@ -170,11 +170,13 @@ def measure(s, who_all):
         for who, w in workers.items(): memory[who] = ask(w, 'memory'); w.stdin.close(); w.wait(60)
     return {who: (answers[who], memory[who]) for who in who_all}
 
+def cpu_name():
+    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
+    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
+
 def device_name(s):
     import torch
-    if device_of(s).type == 'cuda': return torch.cuda.get_device_name()
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return f"{next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if device_of(s).type == 'cuda' else f'{cpu_name()}, {torch.get_num_threads()} threads'
 
 def peak_of(s, products):
     "The peak for MFU: published for a GPU, the median of the matrix products in this run for a CPU"

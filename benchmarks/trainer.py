@@ -67,15 +67,13 @@ def block(run, s, kind):
     return {'seconds': seconds, 'waited': waited, 'stood': stood}
 
 def main(s):
-    import torch, torch.distributed as dist
-    from llama_nb.parallel.mesh import start_ranks, stop_ranks
+    from llama_nb.parallel.agree import everywhere, from_main
+    from llama_nb.parallel.mesh import rank_and_size, start_ranks, stop_ranks
     start_ranks('cpu')
-    folder = [Path(tempfile.mkdtemp()) if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized(): dist.broadcast_object_list(folder)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank == 0: shards(folder[0])
-    if dist.is_initialized(): dist.barrier()
-    run, kinds = open_run(folder[0], s, dist.get_world_size() if dist.is_initialized() else 1), ('nothing saved', 'saved asynchronously', 'saved in the loop')
+    rank, ranks = rank_and_size()
+    folder = Path(from_main(tempfile.mkdtemp))
+    from_main(lambda: shards(folder))
+    run, kinds = open_run(folder, s, ranks), ('nothing saved', 'saved asynchronously', 'saved in the loop')
     got = {kind: [] for kind in kinds}
     for i in range(s.rounds + 1):
         for kind in kinds:
@@ -83,22 +81,22 @@ def main(s):
             if i: got[kind].append(found)                                   # the first round warms up
     if rank == 0: write(s, got, run)
     run.batches = None
-    if dist.is_initialized(): dist.barrier()
-    if rank == 0: shutil.rmtree(folder[0])
+    everywhere(lambda: None)                                                # nobody needs the folder any more
+    from_main(lambda: shutil.rmtree(folder))
     stop_ranks()
 
 def write(s, got, run):
     import torch
+    from train_step import cpu_name
     steps = {kind: [statistics.median(at) for at in zip(*(b['seconds'] for b in got[kind]))] for kind in got}
     step = statistics.median(x for b in got['nothing saved'] for x in b['seconds'])
     extra = {kind: sum(steps[kind]) - sum(steps['nothing saved']) for kind in got}
     rows = {kind: {'stood': statistics.median(b['stood'] for b in got[kind]), 'extra': extra[kind], 'share': extra[kind]/(s.every*step),
                    'waited': statistics.median(b['waited']/sum(b['seconds']) for b in got[kind])} for kind in got}
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor())
     about = {**asdict(s), 'ranks': run.ranks, 'threads': torch.get_num_threads(), 'python': platform.python_version(), 'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d')}
     size = sum(p.stat().st_size for p in run.out.rglob('*.safetensors'))/1e6
     lines = ['# What a run pays besides its steps', '',
-             f'Measured {about["date"]} on {cpu}, {run.ranks} rank{"s" if run.ranks > 1 else ""} of {about["threads"]} thread{"s" if about["threads"] > 1 else ""}, Python {about["python"]}, torch {about["torch"]}. '
+             f'Measured {about["date"]} on {cpu_name()}, {run.ranks} rank{"s" if run.ranks > 1 else ""} of {about["threads"]} thread{"s" if about["threads"] > 1 else ""}, Python {about["python"]}, torch {about["torch"]}. '
              f'{run.config.model.n_params:,} parameters, {s.batch} sequences of {s.seq} tokens and {1000*step:.0f} ms a step; checkpoints of {size:,.0f} MB. Blocks of {s.block} steps, one save in each, took turns; medians of {s.rounds} blocks.', '',
              f'| | the loop stood still for, ms | a save lengthens the run by, ms | of a run that saves every {s.every} steps | waiting for text |', '|---|---|---|---|---|']
     for kind, r in rows.items(): lines.append(f'| {kind} | {1000*r["stood"]:.0f} | {1000*r["extra"]:.0f} | {r["share"]:.1%} | {r["waited"]:.2%} |')

@@ -67,9 +67,10 @@ def _rank(worker, arguments, folder, world_size, rank, timeout):
     end_rank(0)
 
 # %% ../../nbs/50_parallel.mesh.ipynb #rank-and-size
-def rank_and_size()->list[int]: # [rank, number of ranks]
+def rank_and_size(group=None # of all ranks if None
+                 )->list[int]: # [rank, number of ranks]
     "Who this process is among how many; [0, 1] without a process group"
-    return [dist.get_rank(), dist.get_world_size()] if dist.is_initialized() else [0, 1]
+    return [dist.get_rank(group), dist.get_world_size(group)] if dist.is_initialized() else [0, 1]
 
 # %% ../../nbs/50_parallel.mesh.ipynb #bad
 def _bad(how:str):

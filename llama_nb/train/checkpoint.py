@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from ..core import UserError, file_digest, fsync_folder, publish_folder
-from .pieces import CheckpointError, disk, files_of, place, read_index, read_pieces, together, write_pieces
+from ..parallel.mesh import rank_and_size
+from .pieces import CheckpointError, disk, files_of, read_index, read_pieces, together, write_pieces
 
 # %% ../../nbs/60_train.checkpoint.ipynb #save
 def save_checkpoint(folder,                              # where the checkpoints of a run lie, the same place for all ranks
@@ -30,7 +31,7 @@ def save_checkpoint(folder,                              # where the checkpoints
                    )->Path:                              # the new checkpoint
     "Write and publish `step-<step>` together; a crash leaves the earlier ones untouched. All ranks raise the same `CheckpointError` if any of them cannot write"
     _check_keep(keep)
-    folder, first = Path(folder), place(group)[0] == 0
+    folder, first = Path(folder), rank_and_size(group)[0] == 0
     final, aside = (folder/f'{kind}step-{step:08}' for kind in ('', '.old-'))
     text = together(lambda: _as_json(state) if first else None, group)[0]
     tmp = None
@@ -92,7 +93,7 @@ def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path
         shutil.rmtree(tmp, ignore_errors=True)
         with suppress(OSError):
             if aside.exists() and not final.exists(): aside.rename(final)
-    lost = isinstance(error, RuntimeError) and place(group)[1] > 1
+    lost = isinstance(error, RuntimeError) and rank_and_size(group)[1] > 1
     if not isinstance(error, CheckpointError) and not lost: raise error
     need = sum(t.numel()*t.element_size() for part in tensors.values() for t in part.values())
     why = f'another rank does not answer ({" ".join(str(error).split())})' if lost else error
@@ -126,7 +127,7 @@ def verify_checkpoint(path,               # a checkpoint's folder
 
 def _verify_together(path:Path, digests:bool, group):
     "`verify_checkpoint`, the files dealt out to the ranks"
-    rank, size = place(group)
+    rank, size = rank_and_size(group)
     files = together(lambda: _manifest(path), group)[0]
     mine = {name: files[name] for name in sorted(files)[rank::size]}
     together(lambda: verify_checkpoint(path, digests, mine), group)
@@ -206,7 +207,7 @@ def latest_checkpoint(folder,        # where the checkpoints of a run lie
                       group=None,    # the ranks that call; all of them if None
                      )->Path|None:   # None if there is none at all; the same on all ranks
     "The newest checkpoint that verifies, each rank looking at its share of the files. Raises `CheckpointError` if all are damaged"
-    rank, damaged = place(group)[0], []
+    rank, damaged = rank_and_size(group)[0], []
     there = together(lambda: list_checkpoints(folder) if rank == 0 else None, group)[0]
     for path in reversed(there):
         try: _verify_together(path, True, group)
