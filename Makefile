@@ -1,11 +1,13 @@
 # Two commands: `make toy` trains and samples a small LLaMA, `make test` runs all tests.
-# Each makes .venv by itself. Settings: PYTHON=python3.12, and on Linux without a GPU
+# Each makes .venv by itself. Settings: PYTHON=python3.12; TORCH=2.13.0 (else the newest that was tested),
+# which replaces another version in .venv; and on Linux without a GPU
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu for a PyTorch of 200 MB instead of several GB.
 PYTHON ?= python3
+TORCH_WANTED := $(if $(TORCH),torch==$(TORCH),$(shell sed -n 's/^requirements = \(torch[^ ]*\) .*/\1/p' settings.ini))
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test torture test-slurm notebooks prepare docs clean
+.PHONY: help toy test torture test-slurm notebooks prepare docs clean named FORCE
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
@@ -48,12 +50,27 @@ clean:
 	  { echo 'llama_nb needs Python 3.11 or later; say which: make PYTHON=python3.11 ...'; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo 'could not make .venv; on Debian and Ubuntu first: apt install python3-venv'; exit 1; }
-	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install --index-url "$(TORCH_INDEX)" 'torch>=2.10,<2.14'; fi
 
-.venv/installed: .venv/bin/python settings.ini setup.py
-	$(BIN)/pip install -q -e .
+# The Python that was named is the one of .venv, or nothing is done
+named: .venv/bin/python
+	@[ '$(origin PYTHON)' = file ] || [ "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" ] || \
+	  { echo ".venv has $$($(BIN)/python -V), $(PYTHON) is $$($(PYTHON) -V): make clean, then again"; exit 1; }
+
+# The version of torch that was last named; a new one makes the steps below run again
+.venv/torch: FORCE | named
+	@[ -f $@ ] || touch $@
+	@[ -z '$(TORCH)' ] || [ '$(TORCH)' = "$$(cat $@)" ] || echo '$(TORCH)' > $@
+
+define install
+@echo "installing into .venv: $(TORCH_WANTED) and what else $(1) needs"
+@$(if $(TORCH_INDEX),$(BIN)/pip install -q --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
+@$(BIN)/pip install -q -e '$(1)' '$(TORCH_WANTED)'
+endef
+
+.venv/installed: .venv/torch settings.ini setup.py
+	$(call install,.)
 	@touch $@
 
-.venv/installed-dev: .venv/bin/python settings.ini setup.py
-	$(BIN)/pip install -q -e '.[dev]'
+.venv/installed-dev: .venv/torch settings.ini setup.py
+	$(call install,.[dev])
 	@touch .venv/installed $@
