@@ -7,11 +7,12 @@ TORCH_WANTED := $(if $(TORCH),torch==$(TORCH),$(shell sed -n 's/^requirements = 
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test torture test-slurm notebooks prepare docs clean named FORCE
+.PHONY: help toy test versions torture test-slurm notebooks prepare docs clean named FORCE
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
 	@echo 'make test       export, notebooks and tests (minutes)'
+	@echo 'make versions   the same with PYTHON=... TORCH=..., noted in benchmarks/versions.md (half an hour)'
 	@echo 'make torture    ranks killed at random instants, during saves too (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
 	@echo 'make prepare    after editing a notebook: clean, export, README'
@@ -23,6 +24,9 @@ toy: .venv/installed
 
 test: notebooks
 	$(BIN)/python -m pytest tests
+
+versions: .venv/installed-dev
+	$(BIN)/python tools/versions.py
 
 torture: .venv/installed-dev
 	$(BIN)/python -m pytest tests/torture.py
