@@ -18,6 +18,7 @@ help:
 	@echo 'make prepare    after editing a notebook: clean, export, README'
 	@echo 'make docs       all pages as HTML in _docs'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
+	@echo 'With any of them: PYTHON=python3.12 (for a new .venv), TORCH=2.13.0, TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 
 toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy

@@ -39,11 +39,14 @@ def run_tests():
     if code and not failed: failed = [f'pytest (exit code {code})']
     return {'run': len(cases) - skipped, 'failed': failed, 'skipped': skipped}
 
+def git(*command): return subprocess.run(['git', *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
 def here():
     "What runs here: versions and the commit"
     try: xformers = version('xformers')
     except PackageNotFoundError: xformers = None
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = git('status', '--porcelain', '--', '.', ':!benchmarks/versions.*')
+    commit = git('rev-parse', '--short', 'HEAD') + (' and changes' if changed else '')
     return {'python': platform.python_version(), 'torch': version('torch'), 'xformers': xformers, 'transformers': version('transformers'),
             'commit': commit, 'date': str(datetime.date.today()), 'machine': f'{platform.system()} {platform.machine()}'}
 
