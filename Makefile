@@ -1,26 +1,33 @@
 # Two commands: `make toy` trains and samples a small LLaMA, `make test` runs all tests.
-# Each makes .venv by itself. Settings: PYTHON=python3.12, and on Linux without a GPU
+# Each makes .venv by itself. Settings: PYTHON=python3.12; TORCH=2.13.0 (else the newest that was tested),
+# which replaces another version in .venv; and on Linux without a GPU
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu for a PyTorch of 200 MB instead of several GB.
 PYTHON ?= python3
+TORCH_WANTED := $(if $(TORCH),torch==$(TORCH),$(shell sed -n 's/^requirements = \(torch[^ ]*\) .*/\1/p' settings.ini))
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test torture test-slurm notebooks prepare docs clean
+.PHONY: help toy test versions torture test-slurm notebooks prepare docs clean named FORCE
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
 	@echo 'make test       export, notebooks and tests (minutes)'
+	@echo 'make versions   the same with PYTHON=... TORCH=..., noted in benchmarks/versions.md (half an hour)'
 	@echo 'make torture    ranks killed at random instants, during saves too (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
 	@echo 'make prepare    after editing a notebook: clean, export, README'
 	@echo 'make docs       all pages as HTML in _docs'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
+	@echo 'With any of them: PYTHON=python3.12 (for a new .venv), TORCH=2.13.0, TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 
 toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
 test: notebooks
 	$(BIN)/python -m pytest tests
+
+versions: .venv/installed-dev
+	$(BIN)/python tools/versions.py
 
 torture: .venv/installed-dev
 	$(BIN)/python -m pytest tests/torture.py
@@ -48,12 +55,27 @@ clean:
 	  { echo 'llama_nb needs Python 3.11 or later; say which: make PYTHON=python3.11 ...'; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo 'could not make .venv; on Debian and Ubuntu first: apt install python3-venv'; exit 1; }
-	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install --index-url "$(TORCH_INDEX)" 'torch>=2.10,<2.14'; fi
 
-.venv/installed: .venv/bin/python settings.ini setup.py
-	$(BIN)/pip install -q -e .
+# The Python that was named is the one of .venv, or nothing is done
+named: .venv/bin/python
+	@[ '$(origin PYTHON)' = file ] || [ "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" ] || \
+	  { echo ".venv has $$($(BIN)/python -V), $(PYTHON) is $$($(PYTHON) -V): make clean, then again"; exit 1; }
+
+# The version of torch that was last named; a new one makes the steps below run again
+.venv/torch: FORCE | named
+	@[ -f $@ ] || touch $@
+	@[ -z '$(TORCH)' ] || [ '$(TORCH)' = "$$(cat $@)" ] || echo '$(TORCH)' > $@
+
+define install
+@echo "installing into .venv: $(TORCH_WANTED) and what else $(1) needs"
+@$(if $(TORCH_INDEX),$(BIN)/pip install -q --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
+@$(BIN)/pip install -q -e '$(1)' '$(TORCH_WANTED)'
+endef
+
+.venv/installed: .venv/torch settings.ini setup.py
+	$(call install,.)
 	@touch $@
 
-.venv/installed-dev: .venv/bin/python settings.ini setup.py
-	$(BIN)/pip install -q -e '.[dev]'
+.venv/installed-dev: .venv/torch settings.ini setup.py
+	$(call install,.[dev])
 	@touch .venv/installed $@

@@ -1,5 +1,6 @@
 "The repository as a whole: nothing differs from what the notebooks export, and imports point one way."
-import ast, json, os, shutil, subprocess, sys
+import ast, importlib.util, json, os, shutil, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 import pytest
 
@@ -123,3 +124,62 @@ def test_no_page_shows_a_cell_that_failed(page): assert failed_cells(page) == []
 def test_a_failed_cell_is_seen(tmp_path):
     (tmp_path/'page.ipynb').write_text(json.dumps({'cells': [{'id': 'bad', 'outputs': [{'output_type': 'error'}]}, {'id': 'good', 'outputs': []}]}))
     assert failed_cells(tmp_path/'page.ipynb') == ['bad']
+
+# --- what `make` installs: the versions that were named ------------------------------------------
+
+@pytest.fixture
+def make(tmp_path):
+    "`make toy` with settings, in a checkout whose .venv only notes what pip was asked for: (exit code, output, new pip calls)"
+    for name in ('Makefile', 'settings.ini', 'setup.py'): shutil.copy(ROOT/name, tmp_path)
+    (tmp_path/'.venv'/'bin').mkdir(parents=True)
+    scripts = {'.venv/bin/python': 'echo Python 3.11.7', '.venv/bin/pip': 'echo "$*" >> pip.log', '.venv/bin/llama-nb': 'true',
+               'same': 'echo Python 3.11.7', 'other': 'echo Python 3.12.1'}
+    for name, line in scripts.items():
+        (tmp_path/name).write_text(f'#!/bin/sh\n{line}\n')
+        (tmp_path/name).chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHON', 'TORCH', 'TORCH_INDEX') and not k.startswith('MAKE')}
+    def call(*settings):
+        (tmp_path/'pip.log').write_text('')
+        done = subprocess.run(['make', 'toy', *settings], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr, (tmp_path/'pip.log').read_text().splitlines()
+    return call
+
+def requirements():
+    settings = ConfigParser(delimiters=['='])
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    return settings['DEFAULT']['requirements'].split()
+
+def test_a_named_torch_is_installed_once_and_replaces_another(make):
+    bound = next(r for r in requirements() if r.startswith('torch'))
+    assert make()[2] == [f'install -q -e . {bound}']
+    assert make()[2] == []
+    assert make('TORCH=2.13.0')[2] == ['install -q -e . torch==2.13.0']
+    assert make('TORCH=2.13.0')[2] == make()[2] == []                     # not named: what is there stays
+    assert make('TORCH=2.14.1', 'TORCH_INDEX=http://index')[2] == [
+        'install -q --index-url http://index torch==2.14.1', 'install -q -e . torch==2.14.1']
+
+def test_a_venv_of_another_python_is_never_used_in_silence(make):
+    code, text, installed = make('PYTHON=./other')
+    assert code != 0 and not installed and '.venv has Python 3.11.7, ./other is Python 3.12.1: make clean' in text
+    assert make('PYTHON=./same')[0] == 0
+
+# --- what ran on which version ------------------------------------------------------------------
+
+def versions():
+    "tools/versions.py as a module"
+    spec = importlib.util.spec_from_file_location('versions', ROOT/'tools'/'versions.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_the_table_of_versions_is_made_from_the_notes():
+    tool = versions()
+    assert tool.NOTES.with_suffix('.md').read_text(encoding='utf-8') == tool.table(json.loads(tool.NOTES.read_text(encoding='utf-8')))
+
+def test_the_table_of_versions_names_what_failed():
+    note = {'python': '3.13.0', 'torch': '2.15.0+cpu', 'xformers': None, 'transformers': '5', 'commit': 'abc', 'date': '2026-01-01',
+            'pages': {'run': 31, 'failed': [], 'skipped': 0}, 'tests': {'run': 200, 'failed': ['test_x'], 'skipped': 1}}
+    text = versions().table([note])
+    row = next(line for line in text.splitlines() if line.startswith('| 2.15 |'))
+    assert row == '| 2.15 | not run | not run | 31 pages, **1 of 200 tests failed** (2.15.0+cpu) |'
+    assert text.splitlines()[-1].endswith('| 1 | test_x |')

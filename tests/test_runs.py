@@ -105,11 +105,20 @@ def test_compiled_blocks_train_the_same(tmp_path, run_file, llama_nb):
     status, _, err = llama_nb('train', compiled, '--train.compile', 'all')
     assert status == 2 and "(there are: off, blocks)" in err
 
-def test_separate_documents_train_and_resume(tmp_path, run_file, llama_nb):
-    path = run_file(4, name='separate')
+def short_documents(tokens, folder):
+    "Shards of documents that end several times in every 64 tokens, whatever text this Python ships"
+    from llama_nb.data.documents import Document
+    from llama_nb.data.shards import write_shards
+    from llama_nb.data.tokenizer import Tokenizer
+    texts = (Document(' '.join(f'{i*j % 101}' for j in range(1, 9)), str(i)) for i in range(400))
+    return write_shards(texts, Tokenizer(tokens/'tokenizer.model'), folder)
+
+def test_separate_documents_train_and_resume(tmp_path, tokens, run_file, llama_nb):
+    short_documents(tokens, tmp_path/'short')
+    path, other = run_file(4, name='separate'), run_file(4, name='cross')
+    for p in (path, other): p.write_text(p.read_text().replace(f'{tokens.as_posix()}/train', (tmp_path/'short').as_posix()))
     path.write_text(path.read_text().replace('batch_size = 8\n', 'batch_size = 8\ndocuments = "separate"\n', 1))
     assert llama_nb('train', path)[0] == 0
-    other = run_file(4, name='cross')
     assert llama_nb('train', other)[0] == 0
     assert metrics(tmp_path/'separate')[-1]['loss'] != metrics(tmp_path/'cross')[-1]['loss']
     status, _, err = llama_nb('train', path, '--data.documents', 'cross')
