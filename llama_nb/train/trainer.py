@@ -97,8 +97,9 @@ def check_settings(config:RunConfig, device:torch.device, sharers:int, tensor:in
 # %% ../../nbs/61_train.trainer.ipynb #open-data
 def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     "The loader of the training text and the held-out shards. Raises `UserError` where they do not fit the model or each other"
-    c, shards = config.data, TokenShards(config.data.train)
-    held_out = TokenShards(c.held_out) if c.held_out else None
+    c, share = config.data, rank_and_size()                                    # the files' sizes are dealt out to the ranks
+    shards = TokenShards(c.train, share)
+    held_out = TokenShards(c.held_out, share) if c.held_out else None
     for s, folder in ((shards, c.train), (held_out, c.held_out)):
         if s and s.vocab_size > config.model.vocab_size:
             raise UserError(f'the shards in {folder} have a vocabulary of {s.vocab_size}, the model only {config.model.vocab_size}; set model.vocab_size to {s.vocab_size}')
@@ -186,9 +187,11 @@ class Trainer:
         if path: self._resume(path)
 
     def _same_data(self):
-        wanted, digest = from_main(lambda: self.loader.shards.digest), self.loader.shards.digest
+        folders = [s for s in (self.loader.shards, self.held_out) if s]
+        wanted = from_main(lambda: [s.digest for s in folders])
         def check():
-            if digest != wanted: raise UserError(f'{self.config.data.train} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
+            for s, digest in zip(folders, wanted):
+                if s.digest != digest: raise UserError(f'{s.folder} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
         everywhere(check)
 
     def total(self, x:Tensor)->Tensor:
