@@ -59,6 +59,7 @@ class Data:
     tokenizer:str                    # a SentencePiece model
     documents:str='python'           # python for your Python's own text, or a file or folder
     held_out:float=0.05              # share of the documents that is kept from training
+    tokens_per_shard:int=2**30       # a file is closed when it has so many (2 GB); many small files are slow to open on a cluster
 
     def run(self)->int:
         tokenizer, out = Tokenizer(self.tokenizer), Path(self.out)
@@ -66,7 +67,7 @@ class Data:
         for name in ('train', 'held_out'):
             if (out/name).exists(): raise UserError(f'{out/name} is there already; remove it or choose another folder')
         for name, docs in (('train', train), ('held_out', held_out)):
-            shards = write_shards(docs, tokenizer, out/name)
+            shards = write_shards(docs, tokenizer, out/name, self.tokens_per_shard)
             print(f'{out/name}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, {shards.n_bytes/shards.n_tokens:.2f} bytes a token')
         return 0
 

@@ -1,12 +1,12 @@
-"Checkpoints of several processes: any layout reads any other, all ranks meet the same error, and a rank that is killed loses nothing."
-import json, os, resource, signal, subprocess, sys
+"Checkpoints of several processes: any layout reads any other, all ranks meet the same error, a rank that is killed loses nothing, and no more is copied or told than needed."
+import json, os, pickle, resource, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 import llama_nb.train.pieces as pieces
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.model.transformer import LLaMA
@@ -100,7 +100,77 @@ def model_worker(folder):
     saver.wait()
     return [str(p.placements) for p in model.parameters()][:2]
 
-def four_worker(folder): return {'wrong': layouts_worker(folder), 'placements': model_worker(folder)}
+# --- what is copied, what is told ----------------------------------------------------------------
+
+def written(path, rank):
+    "Bytes of the numbers that a rank wrote"
+    return sum(t.nbytes for f in path.glob(f'*-{rank:05}.safetensors') for t in load_file(f).values())
+
+def copied_worker(folder):
+    "Save a state that two groups hold twice; bytes that this rank copied before training went on, and bytes that it wrote"
+    mesh, rank = DeviceMesh('cpu', torch.arange(4).view(2, 2)), dist.get_rank()
+    make = lambda seed, *shape: distribute_tensor(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), mesh, [R, S0], src_data_rank=None)
+    tensors = {part: {f'{i}.w': make(i, 64, 3*i + 1) for i in range(8)} for part in ('model', 'optimizer')}
+    tensors['optimizer']['step'] = torch.tensor(3.)
+    saver, real, copied = Saver(Path(folder)/'copied'), torch.Tensor.copy_, []
+    def copy_(self, source, *args, **kwargs):
+        if source.numel() > 1: copied.append(source.nbytes)
+        return real(self, source, *args, **kwargs)
+    torch.Tensor.copy_ = copy_
+    try: saver.save(1, tensors, {}); before = sum(copied)
+    finally: torch.Tensor.copy_ = real
+    saver.wait()
+    return {'copied': before, 'held': sum(t.to_local().nbytes for part in tensors.values() for t in part.values() if isinstance(t, DTensor)), 'written': written(Path(folder)/'copied'/'step-00000001', rank) - 4*(rank == 0)}
+
+def received(call):
+    "Bytes that this rank receives in the collectives of `call`"
+    import torch.distributed.distributed_c10d as c10d
+    sizes, size = [], lambda tensors: sum(t.nbytes for t in tensors)
+    counts = {'all_gather': lambda out, *args, **kwargs: size(out), 'gather': lambda t, out=None, *args, **kwargs: size(out or kwargs.get('gather_list') or ()),
+              'broadcast': lambda t, *args, **kwargs: t.nbytes if dist.get_rank() else 0, 'scatter': lambda t, *args, **kwargs: t.nbytes, 'all_reduce': lambda t, *args, **kwargs: t.nbytes}
+    real = {name: getattr(c10d, name) for name in counts}
+    def counted(name):
+        def collective(*args, **kwargs):
+            sizes.append(counts[name](*args, **kwargs))
+            return real[name](*args, **kwargs)
+        return collective
+    for name in counts:
+        for module in (c10d, dist): setattr(module, name, counted(name))
+    try: call()
+    finally:
+        for name in counts:
+            for module in (c10d, dist): setattr(module, name, real[name])
+    return sum(sizes)
+
+def received_worker(folder):
+    "For few tensors and for many: bytes received while saving, looking for the newest, and loading"
+    mesh, found = DeviceMesh('cpu', torch.arange(4).view(2, 2)), {}
+    for n in (4, 200):
+        make = lambda value: {part: {f'layers.{i}.weight': distribute_tensor(torch.full((8, 3), value), mesh, [R, S0], src_data_rank=None) for i in range(n)} for part in ('model', 'optimizer')}
+        here, state = Path(folder)/f'received-{n}', {'a': 1}
+        found[n] = {'save': received(lambda: save_checkpoint(here, 1, make(1.), state)), 'look': received(lambda: latest_checkpoint(here, silent)),
+                    'load': received(lambda: load_into(here/'step-00000001', make(0.), digests=False))}
+    return found
+
+def odd_worker(folder):
+    "A tensor that lies on a part of the ranks twice; what cannot be stored, and what was said of it"
+    folder, said = Path(folder), {}
+    mesh = init_device_mesh('cpu', (2, 2), mesh_dim_names=('a', 'b'))
+    x = torch.arange(60.).view(6, 10)
+    save_checkpoint(folder/'part', 1, {'model': {'x': distribute_tensor(x, mesh['b'], [S0], src_data_rank=None), 'y': distribute_tensor(x + 1, mesh['a'], [S1], src_data_rank=None), 'z': distribute_tensor(x + 2, mesh, [S0, S1], src_data_rank=None)}}, {})
+    def refused(name, tensor):
+        try: save_checkpoint(folder/'odd', 1, {'model': {'x': tensor}}, {}); said[name] = 'nothing'
+        except CheckpointError as e: said[name] = str(e)
+    refused('sum', DTensor.from_local(x, mesh, [R, Partial()]))
+    refused('other shapes', torch.zeros(3 + (dist.get_rank() == 2)))
+    if (real := getattr(pieces, 'boxes_of', None)):
+        pieces.boxes_of = lambda *args: (real(*args)[0][::-1], *real(*args)[1:])
+        refused('other boxes', distribute_tensor(x, mesh, [R, S0], src_data_rank=None))
+        pieces.boxes_of = real
+    return said
+
+def four_worker(folder):
+    return {'wrong': layouts_worker(folder), 'placements': model_worker(folder), 'copied': copied_worker(folder), 'received': received_worker(folder), 'odd': odd_worker(folder)}
 
 @pytest.fixture(scope='module')
 def four_ranks(tmp_path_factory):
@@ -137,6 +207,83 @@ def test_fsdp_and_tensor_parallel_go_on_from_one_process(four_ranks, tmp_path):
     plain = load_file(tmp_path/'out.safetensors')
     assert plain.keys() == model.state_dict().keys() and all(torch.equal(plain[k], t) for k, t in got['model'].items())
     assert [p.name for p in tmp_path.iterdir()] == ['out.safetensors']
+
+def test_a_rank_copies_what_it_writes(four_ranks):
+    "Each of two groups holds everything; a rank copies its half of what it holds, and all write about as much"
+    found = [f['copied'] for f in four_ranks[1]]
+    assert [f['copied'] for f in found] == [f['written'] for f in found]
+    assert sum(f['copied'] for f in found) == sum(f['held'] for f in found)/2
+    assert max(f['written'] for f in found) < 1.1*min(f['written'] for f in found)
+
+def test_no_list_of_tensors_travels_while_saving_and_one_while_loading(four_ranks):
+    folder, found = four_ranks
+    few, many = ([f['received'][n] for f in found] for n in ('4', '200'))
+    for a, b in zip(few, many): assert b['save'] < a['save'] + 500        # 392 tensors more; a digit or two of a file's size
+    path = folder/'received-200'/'step-00000001'
+    index, manifest = (len(pickle.dumps(json.loads((path/name).read_text()))) for name in ('index.json', 'manifest.json'))
+    assert index > 10_000
+    assert many[0]['load'] < 500 and many[0]['look'] < 500                # rank 0 reads; nobody sends it anything but flags
+    for f in many[1:]:
+        assert f['look'] < manifest + 1000                                # told once
+        assert f['load'] < index + manifest + 1000
+
+def test_a_tensor_on_a_part_of_the_ranks_is_written_once(four_ranks):
+    folder, x = four_ranks[0], torch.arange(60.).view(6, 10)
+    path = folder/'part'/'step-00000001'
+    got, _ = load_checkpoint(path)
+    assert all(torch.equal(got['model'][name], x + i) for i, name in enumerate('xyz'))
+    assert sum(written(path, rank) for rank in range(4)) == 3*x.nbytes
+
+def test_what_cannot_be_stored_is_refused_on_all_ranks(four_ranks):
+    folder, found = four_ranks
+    said = found[0]['odd']
+    assert all(f['odd'] == said for f in found)
+    assert 'x is a sum that ranks have not finished' in said['sum'] and 'rank 2 saves other tensors than rank 0' in said['other shapes']
+    assert 'this torch cuts tensors in a way that llama_nb does not know' in said['other boxes']
+    assert not list((folder/'odd').glob('*step-*'))
+
+# --- 2,048 ranks ---------------------------------------------------------------------------------
+
+def scale_worker(rank):
+    "Plan the save of 65B's layout as one of 2,048 ranks sees it; no rank is asked: a fake process group would answer nonsense"
+    import hashlib
+    from dataclasses import replace
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from llama_nb.config import PRESETS
+    from llama_nb.parallel.data import apply_data_parallel
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=2048)
+    mesh = make_mesh((8, 32, 8), 'cpu')
+    with torch.device('meta'): model = LLaMA(replace(PRESETS['65B'], n_layers=2))
+    apply_tensor_parallel(model, mesh['tensor'], True); apply_data_parallel(model, mesh, torch.bfloat16)
+    named, plans = dict(model.named_parameters()), []
+    tensors = {'model': named, 'optimizer': {f'{n}.{k}': p for n, p in named.items() for k in ('exp_avg', 'exp_avg_sq')} | {f'{n}.step': torch.zeros(()) for n in named}}
+    asked = received(lambda: plans.append(pieces.plan_pieces(tensors)))
+    plan, load = plans[0], torch.zeros(2048, dtype=torch.int64)
+    for name, t in plan.mine.items():                                     # this rank's slices are the boxes that all expect of it
+        at = plan.writers[name].tolist().index(rank)
+        assert list(t.shape) == plan.boxes[name][1][at].tolist() and plan.offsets[name] == plan.boxes[name][0][at].tolist()
+    for name, w in plan.writers.items():
+        volume = torch.from_numpy(plan.boxes[name][1].prod(1))*4
+        assert volume.sum() == 4*torch.Size(plan.kinds[name][1]).numel()    # each number once
+        load[w] += volume
+    writers = hashlib.sha256(json.dumps({name: w.tolist() for name, w in plan.writers.items()}).encode()).hexdigest()
+    return {'asked': asked, 'writers': writers, 'written': load.sum().item(), 'total': plan.nbytes, 'most': (load.max()/load.double().mean()).item()}
+
+SCALE = '''
+import json, os, test_sharded_checkpoint as t
+for rank in (0, 9, 2047):                   # torch remembers where a rank stands in a mesh: a process for each
+    if os.fork() == 0: print(json.dumps(t.scale_worker(rank)), flush=True); os._exit(0)
+    os.wait()
+'''
+
+def test_ranks_of_65b_plan_alone_and_agree():
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)])}
+    done = subprocess.run([sys.executable, '-c', SCALE], env=env, capture_output=True, text=True, timeout=300)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 3, done.stderr[-3000:]
+    assert found[0] == found[1] == found[2]                               # all find the same
+    assert found[0]['asked'] == 0 and found[0]['written'] == found[0]['total']
+    assert found[0]['most'] < 1.1                                         # two layers of 80: one slice more or less shows
 
 def test_a_prepared_state_is_like_one_that_a_step_made():
     model, optimizer = model_and_optimizer(0); step(model, optimizer, 0)
@@ -252,7 +399,6 @@ class Bomb:
     def __reduce__(self): return Path.touch, (Path(self.file),)
 
 def test_no_file_that_is_read_can_run(tmp_path):
-    import pickle
     path = save_checkpoint(tmp_path/'run', 1, whole(1), {})
     for file in path.iterdir():
         assert file.suffix in ('.json', '.safetensors')

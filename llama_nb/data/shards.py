@@ -58,10 +58,11 @@ def _write_folder(folder:Path, docs:Iterable, tokenizer, limit:int):
 def write_shards(docs:Iterable,                # of Document
                  tokenizer,                    # a Tokenizer
                  folder,                       # must not exist yet
-                 tokens_per_shard:int=2**26,   # a shard is closed when it has so many
+                 tokens_per_shard:int=2**30,   # a shard is closed when it has so many
                 )->'TokenShards':
     "Tokenise `docs` into a new folder of shards. Raises `UserError` for an empty corpus, a folder that is there or a full disk; a failure leaves nothing behind"
     folder = Path(folder)
+    if tokens_per_shard < 1: raise UserError(f'tokens_per_shard must be at least 1, not {tokens_per_shard}')
     if folder.exists(): raise UserError(f'{folder} is there already; remove it or choose another folder')
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.tmp-{folder.name}-'))
@@ -78,7 +79,8 @@ def write_shards(docs:Iterable,                # of Document
 # %% ../../nbs/21_data.shards.ipynb #token-shards
 class TokenShards:
     "A folder of token shards, memory-mapped. Raises `UserError` if it is not one, or not complete"
-    def __init__(self, folder):
+    def __init__(self, folder,
+                 share:tuple[int,int]|None=(0, 1)): # this process's part of the files whose sizes are compared, of how many; None: of none
         self.folder = Path(folder)
         try: raw = (self.folder/'manifest.json').read_bytes()
         except OSError: raise UserError(f'{folder} holds no token shards (no manifest.json); make them with `llama-nb data`') from None
@@ -88,15 +90,26 @@ class TokenShards:
             self.n_tokens, self.n_documents, self.n_bytes = (sum(s[k] for s in shards) for k in ('tokens', 'documents', 'bytes'))
             sizes = {name: entry['bytes'] for name, entry in made['files'].items()}
         except (ValueError, KeyError, TypeError, AttributeError): raise UserError(f'{folder}/manifest.json is damaged; write the shards again') from None
-        for name, size in sizes.items(): self._check_size(self.folder/name, size)
+        mine = sorted(sizes)[share[0]::share[1]] if share else ()
+        for name in mine: self._check_size(self.folder/name, sizes[name])
         self.digest, self._starts = bytes_digest(raw), np.cumsum([0] + [s['tokens'] for s in shards])
-        self._map = lru_cache(64)(lambda i: np.memmap(self.folder/shards[i]['name'], dtype=token_dtype(self.vocab_size), mode='r'))
+        self._map = lru_cache(64)(self._open)
 
-    def __reduce__(self): return type(self), (self.folder,)                  # another process opens the files by itself
+    def __reduce__(self): return type(self), (self.folder, None)             # another process opens the files by itself, and need not look again
 
     def _check_size(self, path:Path, wanted:int):
-        size = path.stat().st_size if path.is_file() else 0
+        try: size = path.stat().st_size
+        except FileNotFoundError: size = 0
         if size != wanted: raise UserError(f'{path} has {size} bytes instead of {wanted}; copy or write the shards again')
+
+    def _open(self, i:int)->np.memmap:
+        "Shard number `i`. Raises `UserError` if it does not hold what the manifest says"
+        shard = self.manifest['shards'][i]
+        path, found = self.folder/shard['name'], ()
+        try: found = np.memmap(path, dtype=token_dtype(self.vocab_size), mode='r')
+        except (FileNotFoundError, ValueError): pass                         # not there, empty, or cut in the middle of a number
+        if len(found) != shard['tokens']: raise UserError(f'{path} does not hold {shard["tokens"]} tokens; copy or write the shards again')
+        return found
 
     def read(self, start:int, stop:int)->np.ndarray: # (stop-start,) unsigned ids
         "Tokens `start` to `stop` of the whole row. Raises `IndexError` beyond its ends"

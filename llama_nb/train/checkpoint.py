@@ -4,26 +4,26 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'list_checkpoints', 'superseded', 'verify_checkpoint', 'load_checkpoint', 'load_into',
-           'latest_checkpoint', 'Saver', 'lock_folder', 'consolidate']
+           'latest_checkpoint', 'HostMemory', 'Saver', 'lock_folder', 'consolidate']
 
 # %% ../../nbs/60_train.checkpoint.ipynb #imports
 import copy, json, os, secrets, shutil, socket, threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from ..core import UserError, file_digest, fsync_folder, publish_folder
 from ..parallel.mesh import rank_and_size
-from .pieces import CheckpointError, disk, files_of, read_index, read_pieces, together, write_pieces
+from .pieces import CheckpointError, Plan, disk, files_of, from_rank_zero, plan_pieces, read_index, read_pieces, together, write_pieces
 
 # %% ../../nbs/60_train.checkpoint.ipynb #save
 def save_checkpoint(folder,                              # where the checkpoints of a run lie, the same place for all ranks
                     step:int,                            # optimiser steps done
-                    tensors:dict[str,dict[str,Tensor]],  # part -> tensor name -> Tensor or DTensor
+                    tensors:dict[str,dict[str,Tensor]]|Plan, # part -> tensor name -> Tensor or DTensor; or a plan of them
                     state:dict,                          # JSON: text keys, lists, finite numbers; rank 0's is kept
                     keep:int=2,                          # newest checkpoints that stay, at least 1
                     keep_every:int=0,                    # steps between those that stay for good; 0 = none
@@ -33,13 +33,14 @@ def save_checkpoint(folder,                              # where the checkpoints
     _check_keep(keep)
     folder, first = Path(folder), rank_and_size(group)[0] == 0
     final, aside = (folder/f'{kind}step-{step:08}' for kind in ('', '.old-'))
-    text = together(lambda: _as_json(state) if first else None, group)[0]
+    plan = tensors if isinstance(tensors, Plan) else together(lambda: plan_pieces(tensors, group), group)
+    text = together(lambda: _as_json(state) if first else None, group)
     tmp = None
     try:
-        tmp = together(lambda: _begin(folder, step) if first else None, group)[0]
-        files = write_pieces(tmp, tensors, group)
+        tmp = from_rank_zero(lambda: _begin(folder, step), group)
+        files = write_pieces(tmp, plan, group)
         together(lambda: first and _publish(tmp, final, aside, files, text), group)
-    except Exception as e: _give_up(e, folder, first and tmp, final, aside, tensors, group)
+    except Exception as e: _give_up(e, folder, first and tmp, final, aside, plan.nbytes, group)
     if first:
         for old in superseded(folder, step, keep, keep_every): _discard(old)
     return final
@@ -87,7 +88,7 @@ def _publish(tmp:Path, final:Path, aside:Path, files:dict, text:str):
         publish_folder(tmp, final)
 
 # %% ../../nbs/60_train.checkpoint.ipynb #give-up
-def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path, tensors:dict, group):
+def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path, need:int, group): # need: bytes
     "Undo a save that failed; raise `CheckpointError` if the disk or another rank is to blame, else `error` itself"
     if tmp:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -95,7 +96,6 @@ def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path
             if aside.exists() and not final.exists(): aside.rename(final)
     lost = isinstance(error, RuntimeError) and rank_and_size(group)[1] > 1
     if not isinstance(error, CheckpointError) and not lost: raise error
-    need = sum(t.numel()*t.element_size() for part in tensors.values() for t in part.values())
     why = f'another rank does not answer ({" ".join(str(error).split())})' if lost else error
     raise CheckpointError(f'could not save in {folder}: {why}, needed {need/1e6:,.1f} MB; earlier checkpoints are intact: free some space or mend the folder, then start again') from error
 
@@ -126,9 +126,9 @@ def verify_checkpoint(path,               # a checkpoint's folder
         if defect := _defect(path/name, made, digests): raise CheckpointError(f'{path}: {name} {defect}')
 
 def _verify_together(path:Path, digests:bool, group):
-    "`verify_checkpoint`, the files dealt out to the ranks"
+    "`verify_checkpoint`, the files dealt out to the ranks; rank 0 reads the list and tells it"
     rank, size = rank_and_size(group)
-    files = together(lambda: _manifest(path), group)[0]
+    files = from_rank_zero(lambda: _manifest(path), group)
     mine = {name: files[name] for name in sorted(files)[rank::size]}
     together(lambda: verify_checkpoint(path, digests, mine), group)
 
@@ -196,10 +196,9 @@ def load_into(path,                               # a checkpoint's folder
     "Fill `tensors` in place with what this rank holds of them; parts that are not in `tensors` are left out. All ranks raise the same `CheckpointError` if the checkpoint is damaged or does not fit"
     path = Path(path)
     _verify_together(path, digests, group)
-    found = []
-    together(lambda: found.extend((_index(path, _manifest(path)), _state(path))), group)
-    read_pieces(path, tensors, found[0], group)
-    return found[1]
+    index, state = from_rank_zero(lambda: (_index(path, _manifest(path)), _state(path)), group)
+    read_pieces(path, tensors, index, group)
+    return state
 
 # %% ../../nbs/60_train.checkpoint.ipynb #latest
 def latest_checkpoint(folder,        # where the checkpoints of a run lie
@@ -208,7 +207,7 @@ def latest_checkpoint(folder,        # where the checkpoints of a run lie
                      )->Path|None:   # None if there is none at all; the same on all ranks
     "The newest checkpoint that verifies, each rank looking at its share of the files. Raises `CheckpointError` if all are damaged"
     rank, damaged = rank_and_size(group)[0], []
-    there = together(lambda: list_checkpoints(folder) if rank == 0 else None, group)[0]
+    there = from_rank_zero(lambda: list_checkpoints(folder), group)
     for path in reversed(there):
         try: _verify_together(path, True, group)
         except CheckpointError as e: damaged.append(str(e)); continue
@@ -216,21 +215,51 @@ def latest_checkpoint(folder,        # where the checkpoints of a run lie
         return path
     if damaged: raise CheckpointError(f'all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}); restore one from a copy, or remove the folder to begin anew')
 
+# %% ../../nbs/60_train.checkpoint.ipynb #host
+class HostMemory:
+    "Memory of the CPU into which tensors of the same shapes are copied again and again; pinned where they come from a GPU"
+    block = 2**28                                             # bytes: a power of two, to which PyTorch rounds pinned memory
+    def __init__(self): self.form, self.blocks, self.room = None, [], {}
+
+    def copy(self, tensors:dict[str,Tensor])->dict[str,Tensor]: # there until the next call
+        "The same numbers on the CPU, each tensor in memory of its own. On a GPU they have arrived once the device is synchronised"
+        form = [(name, t.shape, t.dtype, t.is_cuda) for name, t in tensors.items()]
+        if form != self.form: self._make_room(tensors); self.form = form
+        for name, t in tensors.items(): self.room[name].copy_(t, non_blocking=True)
+        return dict(self.room)
+
+    def _make_room(self, tensors:dict[str,Tensor]):
+        "Divide the tensors among blocks; one that is larger than a block has its own"
+        self.form, self.blocks, self.room, groups = None, [], {}, [{}]
+        for name, t in tensors.items():
+            if groups[-1] and self._bytes(groups[-1].values()) + self._bytes([t]) > self.block: groups.append({})
+            groups[-1][name] = t
+        for group in groups:
+            self.blocks.append(torch.empty(self._bytes(group.values()), dtype=torch.uint8, pin_memory=any(t.is_cuda for t in group.values())))
+            at = 0
+            for name, t in group.items():
+                self.room[name] = self.blocks[-1][at:at + t.numel()*t.element_size()].view(t.dtype).view(t.shape)
+                at += self._bytes([t])
+
+    @staticmethod
+    def _bytes(tensors)->int: return sum(-(-t.numel()*t.element_size()//64)*64 for t in tensors)      # each begins at a multiple of 64
+
 # %% ../../nbs/60_train.checkpoint.ipynb #saver
 class Saver:
     "Saves checkpoints while training goes on; one for a run, made and used by all ranks alike"
     def __init__(self, folder, keep:int=2, keep_every:int=0, # as `save_checkpoint` takes them
                  timeout:float=1800.):                       # seconds that the ranks wait for each other
         _check_keep(keep)
-        self.folder, self.keep, self.keep_every, self.copies, self.thread, self.error = folder, keep, keep_every, {}, None, None
+        self.folder, self.keep, self.keep_every, self.host, self.thread, self.error = folder, keep, keep_every, HostMemory(), None, None
         self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
 
     def save(self, step:int, tensors:dict[str,dict[str,Tensor]], state:dict):
-        "Wait for the save before, copy what this rank holds, and go on; `tensors` may change as soon as this returns. Raises the error of the save before"
+        "Wait for the save before, copy what this rank will write, and go on; `tensors` may change as soon as this returns. Raises the error of the save before"
         self.wait()
-        copies = {part: {name: self._copy(f'{part}/{name}', t) for name, t in named.items()} for part, named in tensors.items()}
+        plan = plan_pieces(tensors, self.group)
+        plan = replace(plan, mine=self.host.copy(plan.mine))
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        self.thread = threading.Thread(target=self._work, args=(step, copies, copy.deepcopy(state)), daemon=True)
+        self.thread = threading.Thread(target=self._work, args=(step, plan, copy.deepcopy(state)), daemon=True)
         self.thread.start()
 
     def wait(self):
@@ -239,18 +268,9 @@ class Saver:
         error, self.thread, self.error = self.error, None, None
         if error: raise error
 
-    def _work(self, step, copies, state):
-        try: save_checkpoint(self.folder, step, copies, state, self.keep, self.keep_every, self.group)
+    def _work(self, step, plan, state):
+        try: save_checkpoint(self.folder, step, plan, state, self.keep, self.keep_every, self.group)
         except BaseException as e: self.error = e
-
-    def _copy(self, name:str, t:Tensor)->Tensor:
-        "What this rank holds of `t`, in memory of the CPU that serves for every save"
-        here = (t.to_local() if isinstance(t, DTensor) else t).detach()
-        held = self.copies.get(name)
-        if held is None or (held.shape, held.dtype) != (here.shape, here.dtype):
-            held = self.copies[name] = torch.empty(here.shape, dtype=here.dtype, pin_memory=here.is_cuda)
-        held.copy_(here, non_blocking=True)
-        return DTensor(held, t._spec, requires_grad=False) if isinstance(t, DTensor) else held
 
 # %% ../../nbs/60_train.checkpoint.ipynb #lock
 _HELD = set()                                               # open files of this process's locks
