@@ -23,7 +23,7 @@ _VECTORS = {'none': (2, 2, 4, 2), 'linear': (3, 0, 4, 2), 'manual': (2, 0, 4, 2)
 
 def number_bytes(config:RunConfig)->int:
     "Of one number in the computation"
-    return 2 if config.train.dtype == 'bfloat16' else 4
+    return 4 if config.train.dtype == 'float32' else 2
 
 def kept_bytes(config:RunConfig,
                tensor:int=1, # ranks that share a product
