@@ -97,9 +97,8 @@ def check_settings(config:RunConfig, device:torch.device, sharers:int, tensor:in
 # %% ../../nbs/61_train.trainer.ipynb #open-data
 def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     "The loader of the training text and the held-out shards. Raises `UserError` where they do not fit the model or each other"
-    c, share = config.data, rank_and_size()                                    # the files' sizes are dealt out to the ranks
-    shards = TokenShards(c.train, share)
-    held_out = TokenShards(c.held_out, share) if c.held_out else None
+    c, shards = config.data, TokenShards(config.data.train)
+    held_out = TokenShards(c.held_out) if c.held_out else None
     for s, folder in ((shards, c.train), (held_out, c.held_out)):
         if s and s.vocab_size > config.model.vocab_size:
             raise UserError(f'the shards in {folder} have a vocabulary of {s.vocab_size}, the model only {config.model.vocab_size}; set model.vocab_size to {s.vocab_size}')
@@ -187,11 +186,9 @@ class Trainer:
         if path: self._resume(path)
 
     def _same_data(self):
-        folders = [s for s in (self.loader.shards, self.held_out) if s]
-        wanted = from_main(lambda: [s.digest for s in folders])
+        wanted, digest = from_main(lambda: self.loader.shards.digest), self.loader.shards.digest
         def check():
-            for s, digest in zip(folders, wanted):
-                if s.digest != digest: raise UserError(f'{s.folder} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
+            if digest != wanted: raise UserError(f'{self.config.data.train} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
         everywhere(check)
 
     def total(self, x:Tensor)->Tensor:
@@ -288,9 +285,10 @@ def fit(run:Trainer,
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
         often = .1 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30.    # seconds; a log file is not a screen
         bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress or run.rank > 0, mininterval=often, maxinterval=often))
-        diary = stack.enter_context(Diary(run, bar)); stack.enter_context(quiet_gc())
+        diary = stack.enter_context(Diary(run, bar))
+        tidy = stack.enter_context(quiet_gc())
         while run.step < c.steps and not diary.signals:
-            diary.add(train_step(run)); alive()
+            diary.add(train_step(run)); alive(); tidy(run.step)
             if run.fused is not None: check_fused(run.fused); run.fused = None    # the first step has compiled the blocks
             if run.held_out and (run.step % c.eval_every == 0 or run.step == c.steps): diary.measure()
             if run.step % c.save_every == 0: diary.checkpoint()
@@ -353,10 +351,12 @@ class Diary:
 
 # %% ../../nbs/61_train.trainer.ipynb #quiet-gc
 @contextmanager
-def quiet_gc():
-    "Python's garbage collector does not start by itself"
+def quiet_gc(every:int=50): # steps between two looks at the young objects
+    "Python's garbage collector does not start by itself; it runs when the given function is told a step that is its turn"
     was = gc.isenabled(); gc.collect(); gc.disable()
-    try: yield
+    def tidy(step:int):
+        if step % every == 0: gc.collect(1)
+    try: yield tidy
     finally:
         if was: gc.enable()
 
