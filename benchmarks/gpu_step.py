@@ -4,7 +4,7 @@ All contestants share one set of weights, gradients and optimiser states: transf
 under its own names. So both sides have the same precision and the same AdamW, a model of 100 GB of states is in memory once,
 and the contestants can take turns step by step.
 """
-import itertools, statistics, time
+import statistics, time
 from dataclasses import dataclass
 from collections import Counter
 import torch
@@ -71,7 +71,7 @@ def theirs(base:LLaMA, who:Contestant, dtype):
     config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
                          rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len, tie_word_embeddings=False, use_cache=False, attn_implementation=who.attention)
     with torch.device('meta'): model = LlamaForCausalLM(config)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=where)
+    with where: model.model.rotary_emb = LlamaRotaryEmbedding(config)
     adopt(model, {their_name(n): p for n, p in base.named_parameters()})
     assert all(t.device == where for t in (*model.parameters(), *model.buffers()))
     model.train()
@@ -93,8 +93,9 @@ def their_pass(model, inputs, targets, micro:int, dtype):
 
 class Contest:
     "Contestants who take turns at training the same weights"
-    def __init__(self, desk, table:str, config:ModelConfig, batch:int, dtype=torch.bfloat16):
-        self.desk, self.table, self.config, self.batch, self.dtype = desk, table, config, batch, dtype
+    def __init__(self, desk, table:str, config:ModelConfig, batch:int):
+        self.desk, self.table, self.config, self.batch = desk, table, config, batch
+        self.dtype = torch.bfloat16 if desk.gpu else torch.float32
         torch._dynamo.config.recompile_limit = 64                # each contestant is a version of the same code
         where = device(desk)
         with torch.device('meta'): self.base = LLaMA(config)
@@ -102,7 +103,7 @@ class Contest:
         self.optimizer = make_optimizer(self.base, OptimConfig())
         set_lr(self.optimizer, 1e-5)
         self.generator, self.passes, self.seconds, self.facts = torch.Generator().manual_seed(0), {}, {}, {}
-        self.peak = peak_of(desk, config, batch, dtype)
+        self.peak = peak_of(desk, config, batch, self.dtype)
 
     def step(self, who:Contestant):
         "One optimiser step of a contestant; the loss"
@@ -147,16 +148,17 @@ class Contest:
 
     def turns(self, rounds:int, reserve:float=20):
         "The contestants take turns while there is time; then their rows say medians of these rounds alone"
-        if not self.seconds: return
-        for done, who in itertools.product(range(rounds), list(self.seconds)):
+        alone, self.seconds = self.seconds, {who: [] for who in self.seconds}
+        for _ in range(rounds):
             if self.desk.left() < reserve: break
-            if done == 0: self.seconds[who] = []
-            self.timed(who)
-        for who in self.seconds: self.report(who, 'taking turns')
+            for who in self.seconds: self.timed(who)
+        turned = any(self.seconds.values())
+        if not turned: self.seconds = alone
+        for who in self.seconds: self.report(who, 'taking turns' if turned else 'alone')
 
     def report(self, who:Contestant, how:str='alone'):
         c, t = self.config, self.config.max_seq_len
-        median = statistics.median(self.seconds[who] or [float('nan')])
+        median = statistics.median(self.seconds[who])
         rate, memory = self.batch*t/median, formula_gb(c, who)
         base = [s for other, s in self.seconds.items() if other.code == 'transformers' and bool(other.compiled) == bool(who.compiled) and s]
         hardware = None if who.recompute == 'budget' or who.code != 'llama_nb' else hfu(rate, c, t, self.peak, who.recompute).share
@@ -164,8 +166,8 @@ class Contest:
         self.desk.row(self.table, who.name, tokens_per_second=rate, mfu=mfu(rate, c, t, self.peak).share, hfu=hardware, median_ms=1000*median,
                       of_transformers=min(map(statistics.median, base))/median if base else None, **facts, steps=len(self.seconds[who]), how=how)
 
-    def best(self, code:str)->float: # seconds
-        return min((statistics.median(s) for who, s in self.seconds.items() if who.code == code and s), default=float('nan'))
+    def best(self, code:str)->float|None: # seconds
+        return min((statistics.median(s) for who, s in self.seconds.items() if who.code == code and s), default=None)
 
 def peak_of(desk, config:ModelConfig, batch:int, dtype):
     "Published for a GPU that is known; else measured"
@@ -183,11 +185,11 @@ def formula_gb(c:ModelConfig, who:Contestant)->float|None:
 
 def goals(desk, contest:Contest, size:str):
     "What is aimed at, beside what came; nothing is asserted"
-    tokens = contest.batch*contest.config.max_seq_len
-    mine = contest.best('llama_nb')
+    tokens, mine, them = contest.batch*contest.config.max_seq_len, contest.best('llama_nb'), contest.best('transformers')
+    if mine is None: return
     got = mfu(tokens/mine, contest.config, contest.config.max_seq_len, contest.peak)
     desk.row('goals', f'MFU at {size}', goal=GOALS.get(size), got=got.share, counted=str(got))
-    desk.row('goals', f'of transformers at {size}, the best of each', goal=FASTER, got=contest.best('transformers')/mine)
+    desk.row('goals', f'of transformers at {size}, the best of each', goal=FASTER, got=them and them/mine)
 
 # --- the parts ------------------------------------------------------------------------------------
 
