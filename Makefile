@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test torture test-slurm notebooks prepare docs clean
+.PHONY: help toy test torture test-slurm gpu notebooks prepare docs clean
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
 	@echo 'make test       export, notebooks and tests (minutes)'
 	@echo 'make torture    ranks killed at random instants, during saves too (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
+	@echo 'make gpu        on a machine with a GPU: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour; PARTS="graphs sync")'
 	@echo 'make prepare    after editing a notebook: clean, export, README'
 	@echo 'make docs       all pages as HTML in _docs'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
@@ -27,6 +28,9 @@ torture: .venv/installed-dev
 
 test-slurm: .venv/installed-dev
 	$(BIN)/python -m pytest -rP tests/slurm.py
+
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
 notebooks: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

@@ -206,7 +206,7 @@ def run_parts(parts:dict[str,Part], results:Results, form:str, work:Path, minute
         if not again and results.data['parts'].get(name, {}).get('status') == 'done': print(f'{name}: done already'); continue
         left = end - time.monotonic()
         if left < part.seconds/2: print(f'{name}: not begun, {max(left, 0):.0f} s left of the time given'); continue
-        limit, a = min(part.seconds, left), results.data['about']
+        limit, a = min(part.seconds if form == 'gpu' else min(3*part.seconds, 600), left), results.data['about']   # a CPU may be shared
         print(f'{name}: {part.about} (at most {limit:.0f} s)', flush=True)
         results.begin(name, {'limit': limit, 'date': a['date'], 'torch': a['torch']})
         results.finish(name, **run_part(part, form, work, limit, lambda row: results.take(name, row)))

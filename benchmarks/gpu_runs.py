@@ -70,7 +70,7 @@ def torchrun(*program)->subprocess.Popen:
     env = {**os.environ, 'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo', 'TORCHELASTIC_ERROR_FILE': os.devnull}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
 
-def finish(process, seconds:float=90)->str:
+def finish(process, seconds:float)->str:
     "All that it printed; a run that does not end is killed, and says so"
     try: return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired: pass
@@ -90,13 +90,13 @@ def write_run(desk, **settings)->tuple[Path, Path]:
     path.write_text(dump_run(config), encoding='utf-8')
     return path, Path(config.out)
 
-def stop_in_the_middle(path:Path, out:Path)->str:
+def stop_in_the_middle(desk, path:Path, out:Path)->str:
     "Start a run and send its rank SIGUSR1 after some steps"
-    process, end = torchrun('-m', 'llama_nb', 'train', path), time.monotonic() + 60
+    process, end = torchrun('-m', 'llama_nb', 'train', path), time.monotonic() + desk.left()
     while len(metrics(out)) < 3 and process.poll() is None and time.monotonic() < end: time.sleep(.01)
     if process.poll() is None:
         for rank in children(process.pid): os.kill(rank, signal.SIGUSR1)
-    return finish(process)
+    return finish(process, desk.left())
 
 def what_came(out:Path)->tuple:
     "Losses of all steps, and every tensor of the last checkpoint"
@@ -110,16 +110,17 @@ def resumes(desk, name:str, repeats:bool=False, **settings):
     "A run that is stopped by SIGUSR1 and goes on ends as one that nobody disturbed, bit for bit; `repeats`: if two undisturbed ones do"
     settings = {'steps': 400 if desk.gpu else 40, **settings}
     whole = write_run(desk, **settings)
-    said = finish(torchrun('-m', 'llama_nb', 'train', whole[0]))
+    train = lambda path: finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
+    said = train(whole[0])
     if not list_checkpoints(whole[1]/'checkpoints'): desk.row('resumed bit for bit', name, False, why=said[-300:]); return
     twice = True
     if repeats:
         again = write_run(desk, **settings)
-        finish(torchrun('-m', 'llama_nb', 'train', again[0]))
+        train(again[0])
         twice = equal(what_came(again[1]), what_came(whole[1]))
     path, out = write_run(desk, **settings)
-    stopped = re.search(r'stopped after step (\d+)', stop_in_the_middle(path, out))
-    finish(torchrun('-m', 'llama_nb', 'train', path))
+    stopped = re.search(r'stopped after step (\d+)', stop_in_the_middle(desk, path, out))
+    train(path)
     same = equal(what_came(out), what_came(whole[1]))
     desk.row('resumed bit for bit', name, bool(stopped) and same if twice else None, stopped_after=stopped and int(stopped[1]), of=settings['steps'], same=same,
              undisturbed_runs_repeat=twice if repeats else None)
@@ -129,7 +130,7 @@ def raises(desk):
     path, _ = write_run(desk, steps=40)
     start = time.perf_counter()
     process = torchrun(HERE/'gpu_runs.py', path)
-    said = finish(process)
+    said = finish(process, min(desk.left(), 90))
     shown = 'Traceback' in said and 'broken on purpose' in said
     desk.row('a rank that raises', 'in its third step', shown and process.returncode not in (0, -9), traceback_shown=shown, exit_code=process.returncode,
              seconds=time.perf_counter() - start)
