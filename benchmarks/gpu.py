@@ -91,19 +91,21 @@ def end_group(process):
 def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
     "Run one part to its end or its limit; `take` receives its rows. What became of it: status, seconds, tail"
     command = [sys.executable, str(HERE/'gpu.py'), '--worker', part.run, form, str(work), str(limit)]
-    begun = time.monotonic()
-    process = subprocess.Popen(command, env=environment(work, form), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, errors='replace', start_new_session=True)
-    listener = Listener(process.stdout, take)
-    listener.start()
-    status = 'failed'
+    begun, process, tail = time.monotonic(), None, []
     try:
-        code = process.wait(limit)
-        status = 'done' if code == 0 else f'killed by signal {-code}' if code < 0 else f'failed with exit code {code}'
+        process = subprocess.Popen(command, env=environment(work, form), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, errors='replace', start_new_session=True)
+        listener = Listener(process.stdout, take)
+        listener.start()
+        status = how_it_ended(process.wait(limit))
     except subprocess.TimeoutExpired: status = f'over its limit of {limit:.0f} s'
     except KeyboardInterrupt: status = 'stopped'
-    finally: end_group(process); listener.join(10)
-    return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': [] if status == 'done' else list(listener.tail)}
+    finally:
+        if process: end_group(process); listener.join(10); tail = list(listener.tail)
+    return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': [] if status == 'done' else tail}
+
+def how_it_ended(code:int)->str:
+    return 'done' if code == 0 else f'killed by signal {-code}' if code < 0 else f'failed with exit code {code}'
 
 def look(form:str, work:Path)->dict:
     "The device and the versions, seen by a process that ends again, so that the GPU is free for the parts"
@@ -212,7 +214,7 @@ def run_parts(parts:dict[str,Part], results:Results, form:str, work:Path, minute
         results.finish(name, **run_part(part, form, work, limit, lambda row: results.take(name, row)))
         keep_files(work/'files', results.folder)
         print(f'{name}: {results.data["parts"][name]["status"]}', flush=True)
-        if results.data['parts'][name]['status'] == 'stopped': raise SystemExit(f'stopped in {name}; the same command goes on with it')
+        if results.data['parts'][name]['status'] == 'stopped': raise KeyboardInterrupt
     return all(results.data['parts'].get(name, {}).get('status') == 'done' for name in parts)
 
 def keep_files(source:Path, folder:Path):
@@ -251,6 +253,7 @@ def main()->int:
         if a.form == 'gpu' and about['form'] != 'gpu': raise SystemExit('there is no GPU that torch can use; --form cpu runs the miniature')
         results = Results(Path(a.out)/folder_name(about['device']), about)
         fine = run_parts({n: PARTS[n] for n in PARTS if n in a.parts}, results, about['form'], work, a.minutes, a.again)
+    except KeyboardInterrupt: print('stopped; the same command goes on'); return 130
     finally: shutil.rmtree(work, ignore_errors=True)
     print(f'{results.folder/"results.md"}')
     return 0 if fine else 1

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from llama_nb.model.attention import available_backends, find_backend
+from llama_nb.model.attention import backend_problem, backend_report
+from llama_nb.core import pick_dtype
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
 from llama_nb.train.trainer import Trainer, train_step
 
@@ -55,17 +56,12 @@ def run_config(desk, model:ModelConfig, batch:int=4, micro:int=2, documents:str=
 
 def trainer(desk, model, **settings)->Trainer: return Trainer(run_config(desk, model, **settings), report=lambda line: None)
 
-def backends(desk, *wanted)->list[str]:
-    "Those of the wanted attention backends that can run here; the others become rows that say why not"
-    there = available_backends(device(desk).type)
-    for name in wanted:
-        if name not in there: desk.skip(f'attention {name}', backend_reason(name, device(desk).type))
-    return [n for n in wanted if n in there]
-
-def backend_reason(name:str, where:str)->str:
-    try: find_backend(name, where)
-    except Exception as e: return first_line(e)
-    return ''
+def backends(desk, *wanted, dtype=torch.bfloat16, k:int=128)->list[str]:
+    "Those of the wanted attention backends that can run here, documents included; the others become rows that say why not"
+    problems = {n: backend_problem(n, device(desk), dtype, k, True) for n in wanted}
+    for name, problem in problems.items():
+        if problem: desk.skip(f'attention {name}, {str(dtype).removeprefix("torch.")}, heads of {k}', problem)
+    return [n for n in wanted if not problems[n]]
 
 def first_line(e:BaseException)->str: return f'{type(e).__name__}: {e}'.split('\n')[0][:300]
 
@@ -81,9 +77,11 @@ def environment(desk):
     "What is here, which attention `auto` picks and why, and some steps with the settings that nobody touched"
     versions(desk)
     xformers_beside(desk)
-    where = device(desk).type
-    for name in ('reference', 'sdpa', 'xformers'): desk.row('attention backends', name, runs=name in available_backends(where), why=backend_reason(name, where))
-    desk.row('attention backends', 'auto', picked=getattr(find_backend('auto', where), '__name__', str(find_backend('auto', where))))
+    for dtype, k in itertools.product((torch.bfloat16, torch.float32), (32, 128)):
+        for name in ('reference', 'sdpa', 'varlen', 'xformers'):
+            problem = backend_problem(name, device(desk), dtype, k, True)
+            desk.row('attention backends', f'{name}, {str(dtype).removeprefix("torch.")}, heads of {k}', runs=not problem, why=problem or None)
+        desk.row('attention that auto picks', f'{str(dtype).removeprefix("torch.")}, heads of {k}', said=backend_report('auto', device(desk), dtype, k, True))
     default_steps(desk)
     desk.skip('asynchronous tensor parallelism', 'needs two GPUs that are joined by NVLink')
 
@@ -158,11 +156,12 @@ def tests(desk):
 def graphs(desk):
     "Each recompute mode, backend and packing, compiled with fullgraph=True: one graph, no break, and none more in later steps (C1, C2)"
     model = BLOCK_7B if desk.gpu else MINI
-    for backend, documents in itertools.product(backends(desk, 'sdpa', 'xformers'), DOCUMENTS):
+    for backend, documents in itertools.product(backends(desk, 'sdpa', 'xformers', k=model.head_dim), DOCUMENTS):
         run = trainer(desk, model, batch=1, micro=1, documents=documents, attention=backend)
-        for mode in RECOMPUTE: count_graphs(desk, run, mode, 'aot_eager', f'{backend}, {documents}, {mode}')
+        for mode in (m for m in RECOMPUTE if m != 'manual'): count_graphs(desk, run, mode, 'aot_eager', f'{backend}, {documents}, {mode}')
         if desk.gpu: count_graphs(desk, run, 'linear', 'inductor', f'{backend}, {documents}, linear, Inductor')
         del run; free(desk)
+    desk.skip('mode manual', 'a backward pass by hand, which the trainer refuses to compile')
     if not desk.gpu: desk.skip('Inductor', 'minutes of compiling on a CPU; graphs are counted with aot_eager')
 
 def count_graphs(desk, run:Trainer, mode:str, compiler:str, name:str):
@@ -185,7 +184,7 @@ def sync(desk):
     "Steps 3 to 5 may not wait for the device; a weight that is not a number changes nothing"
     model = ModelConfig(1024, 4, 8, vocab_size=2048, max_seq_len=1024) if desk.gpu else MINI
     if not desk.gpu: desk.skip('host synchronisation', 'no GPU: there is nothing to wait for')
-    cases = [(b, d, c) for b in backends(desk, 'sdpa', 'xformers') for d in DOCUMENTS for c in ('off', 'blocks')]
+    cases = [(b, d, c) for b in backends(desk, 'sdpa', 'xformers', k=model.head_dim) for d in DOCUMENTS for c in ('off', 'blocks')]
     for backend, documents, compiled in cases if desk.gpu else [('sdpa', d, 'off') for d in DOCUMENTS]:
         name = f'{backend}, {documents}' + ', compiled'*(compiled == 'blocks')
         run = trainer(desk, model, documents=documents, attention=backend, recompute='linear', compile=compiled)
@@ -237,14 +236,14 @@ def parity(desk):
     torch.set_float32_matmul_precision('highest')                                        # no TF32
     modes = [(m, 'off') for m in ('none', 'full', 'linear', 'manual')] + [('linear', 'blocks'), ('budget', 'blocks')]*desk.gpu
     if not desk.gpu: desk.skip('compiled modes', 'minutes of compiling on a CPU')
-    names = backends(desk, 'reference', 'sdpa', 'xformers')
+    names = {n: backends(desk, 'reference', 'sdpa', 'xformers', dtype=pick_dtype(n), k=SMALL[desk.form].head_dim) for n in LIMITS}
     losses = {}
     for documents in DOCUMENTS:
         right = gradients(desk, None, documents=documents, attention='reference', dtype='float32', where='cpu')
         near = gradients(desk, right, documents=documents, attention='reference', dtype='bfloat16', where='cpu')
         compare(desk, f'the CPU itself, {documents}, bfloat16', right, near, 'bfloat16')
         losses[documents] = right['loss']
-        for dtype, backend, (mode, compiled) in itertools.product(LIMITS, names, modes):
+        for dtype, backend, (mode, compiled) in ((d, b, m) for d in LIMITS for b in names[d] for m in modes):
             name = f'{backend}, {documents}, {mode}' + ', compiled'*(compiled == 'blocks') + f', {dtype}'
             try: got = gradients(desk, right, documents=documents, attention=backend, dtype=dtype, recompute=mode, compile=compiled)
             except Exception as e: desk.row('gradients', name, False, why=first_line(e)); continue
@@ -293,8 +292,8 @@ KEPT = {'full': lambda d, f, size: size*d,                       # the block's i
 def memory(desk):
     "What a block keeps for a token, from the difference between 3 blocks and 1, per mode; and the peak of a step"
     wide = BLOCK_7B if desk.gpu else MINI
-    for backend, mode, compiled in itertools.product(backends(desk, 'sdpa', 'xformers'), RECOMPUTE, (False, True)):
-        if mode == 'budget' and not compiled or compiled and not desk.gpu: continue
+    for backend, mode, compiled in itertools.product(backends(desk, 'sdpa', 'xformers', k=wide.head_dim), RECOMPUTE, (False, True)):
+        if mode == 'budget' and not compiled or compiled and (not desk.gpu or mode == 'manual'): continue
         name = f'{backend}, {mode}' + ', compiled'*compiled
         try: kept = [kept_bytes(desk, wide, n, backend, mode, compiled) for n in (1, 3)]
         except Exception as e: desk.row('bytes that a block keeps for a token', name, False, why=first_line(e)); continue

@@ -152,7 +152,7 @@ def broken_run(path:str):
 def documents(desk):
     "Tokens per second with and without document masking, each backend, eager and compiled; all take turns"
     runs, count = {}, 5 if desk.gpu else 1
-    for backend in backends(desk, 'sdpa', 'xformers'):
+    for backend in backends(desk, 'sdpa', 'xformers', k=(WIDE if desk.gpu else MINI).head_dim):
         for compiled in ('off', 'blocks')[:1 + desk.gpu]:
             for packing in DOCUMENTS:
                 run = open_run(desk, backend, compiled, packing, count)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.core import UserError
+from llama_nb.model.attention import pick_backend
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.flops import device_peak, hfu, measure_matmul_peak, mfu, model_products
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
@@ -58,6 +59,7 @@ def ours(base:LLaMA, who:Contestant, dtype):
     "A function that goes forward and backward through a batch and returns the mean loss"
     with torch.device('meta'): model = LLaMA(base.config)
     adopt(model, dict(base.named_parameters()))
+    pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)             # tried before anything is compiled
     for layer in model.layers: layer.attention.backend = who.attention
     apply_recompute(model, who.recompute)
     for layer in model.layers if who.compiled else (): layer.compile(fullgraph=True)
@@ -89,13 +91,15 @@ def their_pass(model, inputs, targets, micro:int, dtype):
         total = total + loss.detach()
     return total
 
+def compute_type(desk)->torch.dtype: return torch.bfloat16 if desk.gpu else torch.float32
+
 # --- a contest ------------------------------------------------------------------------------------
 
 class Contest:
     "Contestants who take turns at training the same weights"
     def __init__(self, desk, table:str, config:ModelConfig, batch:int):
         self.desk, self.table, self.config, self.batch = desk, table, config, batch
-        self.dtype = torch.bfloat16 if desk.gpu else torch.float32
+        self.dtype = compute_type(desk)
         torch._dynamo.config.recompile_limit = 64                # each contestant is a version of the same code
         where = device(desk)
         with torch.device('meta'): self.base = LLaMA(config)
@@ -209,7 +213,7 @@ def transformers_here(desk)->bool:
 
 def step(desk):
     "1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside transformers"
-    names, micro = backends(desk, 'sdpa', 'xformers'), 4
+    names, micro = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)), 4
     contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', ONE_B if desk.gpu else MINI, 8)
     mine = lambda mode, compiled='', attention=names[-1]: Contestant('llama_nb', mode, compiled, micro, attention)
     them = [Contestant('transformers', 'none', '', micro, attention) for attention in flash()]*transformers_here(desk)
@@ -241,7 +245,7 @@ def step_7B(desk):
     if layers < 2: desk.skip('7B', f'{memory/1e9:.0f} GB do not hold two layers of it'); return
     size = '7B' if layers == 32 else f'{layers} of the 32 layers of 7B'
     contest = Contest(desk, f'16 x 2,048 tokens, {size}', ModelConfig(4096, layers, 32), 16)
-    attention, here = backends(desk, 'sdpa', 'xformers')[-1], transformers_here(desk)
+    attention, here = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1], transformers_here(desk)
     them = [Contestant('transformers', mode, compiled, micro, 'sdpa') for mode, compiled, micro in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
     mine = [Contestant('llama_nb', mode, 'blocks', micro, attention) for mode, micro in (('linear', 2), ('linear', 1), ('full', 4))]
     for who in [mine[0], *them*here, *mine[1:]]:
@@ -277,7 +281,7 @@ def profile(desk):
     from torch.profiler import ProfilerActivity, profile as record
     config = ModelConfig(2048, 8, 16) if desk.gpu else MINI
     contest = Contest(desk, 'the step that was looked at', config, 8)
-    attention = backends(desk, 'sdpa', 'xformers')[-1]
+    attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
     for compiled in ('', 'blocks') if desk.gpu else ('',):
         who = Contestant('llama_nb', 'linear', compiled, 4, attention)
         contest.enter(who, 3 if desk.gpu else 1, 3 if desk.gpu else 1)

@@ -2,7 +2,7 @@
 from contextlib import contextmanager
 import pytest, torch
 from llama_nb.config import ModelConfig, OptimConfig
-from llama_nb.model.attention import attend, available_backends
+from llama_nb.model.attention import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
 from llama_nb.train.loss import chunked_loss_sum, loss_sum
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
@@ -20,17 +20,19 @@ def never_waiting():
     try: yield
     finally: torch.cuda.set_sync_debug_mode('default')
 
+@pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('backend', ['sdpa', 'xformers'])
 @pytest.mark.parametrize('k', [32, 64, 128])
-def test_attention_as_the_reference(backend, k):
+def test_attention_as_the_reference(backend, k, packed):
     "Values and gradients in bfloat16 (2^-8 a rounding) for the head widths of the toy and of the large models"
-    if backend not in available_backends('cuda'): pytest.skip(f'{backend} cannot run here')
+    if problem := backend_problem(backend, CUDA, torch.bfloat16, k, packed): pytest.skip(problem)
     g = torch.Generator().manual_seed(0)
     q, k_, v, dy = (torch.randn(2, 200, 4, k, generator=g).to(CUDA, torch.bfloat16) for _ in range(4))
+    borders = torch.tensor([0, 7, 150, 200, 201, 399, 400, 400], dtype=torch.int32, device=CUDA) if packed else None
     results = []
     for name, dtype in (('reference', torch.float32), (backend, torch.bfloat16)):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k_, v)]
-        y = attend(*leaves, name)
+        y = attend(*leaves, name, None, borders)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))])
     for right, got in zip(*results): close(got, right, .02)
 

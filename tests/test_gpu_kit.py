@@ -11,6 +11,7 @@ import gpu, gpu_step
 from gpu import PARTS, Part, Results, cell, run_parts
 from llama_nb.config import ModelConfig
 
+pytestmark = pytest.mark.timeout(900)                            # the miniature is made by whoever asks first
 HALVES = [('environment', 'tests', 'graphs', 'sync', 'memory', 'documents'), ('parity', 'step', 'step_7B', 'profile', 'nccl')]
 
 # --- the miniature --------------------------------------------------------------------------------
@@ -20,7 +21,7 @@ def miniature(tmp_path_factory):
     "All parts in the CPU form, one half beside the other, put together afterwards: part -> its record; and the tables"
     folder = tmp_path_factory.mktemp('gpu')
     assert sorted(sum(HALVES, ())) == sorted(PARTS)
-    def kit(*args): return subprocess.run([sys.executable, str(KIT/'gpu.py'), *map(str, args)], capture_output=True, text=True, timeout=560)
+    def kit(*args): return subprocess.run([sys.executable, str(KIT/'gpu.py'), *map(str, args)], capture_output=True, text=True, timeout=840)
     with ThreadPoolExecutor() as pool: done = list(pool.map(lambda i: kit('--form', 'cpu', '--out', folder/str(i), '--parts', *HALVES[i]), range(2)))
     for d in done: assert 'results.md' in d.stdout, d.stdout + d.stderr
     merged = kit('--out', folder/'all', '--merge', *(next((folder/str(i)).iterdir()) for i in range(2)))
@@ -29,7 +30,6 @@ def miniature(tmp_path_factory):
 
 def rows(part, table): return {r['name']: r for r in part['rows'] if r['table'] == table}
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize('name', PARTS)
 def test_a_part_in_miniature(miniature, name):
     part = miniature[0][name]
@@ -78,7 +78,8 @@ def bench(tmp_path, monkeypatch):
     def run(*names, seconds=20., **settings):
         results = Results(tmp_path/'out', about)
         fine = run_parts({n: Part('', seconds, f'broken:{n}') for n in names}, results, 'cpu', tmp_path, **settings)
-        return fine, json.loads((tmp_path/'out'/'results.json').read_text())['parts']
+        path = tmp_path/'out'/'results.json'
+        return fine, json.loads(path.read_text())['parts'] if path.exists() else {}
     return run
 
 def test_a_broken_part_is_recorded_and_the_next_goes_on(bench, tmp_path):
@@ -118,16 +119,17 @@ def test_stopped_by_a_signal(tmp_path):
     for line in process.stdout:
         seen.append(line)
         if line.startswith('sync:'): break
+    time.sleep(1)                                                    # it is on its way
     process.send_signal(gpu.signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and 'stopped in sync; the same command goes on' in rest, seen + [rest]
+    assert process.returncode == 130 and 'stopped; the same command goes on' in rest, seen + [rest]
     record = json.loads(next((tmp_path/'out').iterdir()).joinpath('results.json').read_text())['parts']['sync']
     assert record['status'] == 'stopped' and not list(temporary.glob('llama_nb_gpu_*'))
 
 def test_time_that_is_given_is_kept(bench):
     begun = time.monotonic()
-    _, parts = bench('fine', 'hangs', seconds=100., minutes=.05)
-    assert not parts and time.monotonic() - begun < 60
+    fine, parts = bench('fine', 'hangs', seconds=100., minutes=.05)
+    assert not fine and not parts and time.monotonic() - begun < 60
 
 def test_limits_fit_into_half_an_hour():
     assert sum(p.seconds for p in PARTS.values()) <= 1800 and max(p.seconds for p in PARTS.values()) <= 600
