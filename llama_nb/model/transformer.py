@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from ..config import ModelConfig
 from ..core import UserError, to_autocast
-from .attention import Attention
+from .attention import Attention, check_borders, document_numbers
 from .ffn import FeedForward
 from .norm import RMSNorm
 from .rope import rotation_table
@@ -30,9 +30,9 @@ class TransformerBlock(nn.Module):
                 rotation:Tensor,     # (t, k/2) or (b, t, k/2) complex
                 cache=None,          # this layer's earlier keys and values
                 visible:Tensor=None, # (b, s) bool, keys that may be looked at
-                documents:Tensor=None, # (b, t) int, the document of each token
+                borders:Tensor=None, # (n+1,) int32, of documents in the b*t tokens
                )->Tensor:            # (b, t, d) the stream, with more in it
-        x = x + self.attention(self.attention_norm(x), rotation, cache, visible, documents)
+        x = x + self.attention(self.attention_norm(x), rotation, cache, visible, borders)
         return x + self.feed_forward(self.ffn_norm(x))
 
 # %% ../../nbs/34_model.transformer.ipynb #init-weights
@@ -69,18 +69,18 @@ class LLaMA(nn.Module):
                 positions:Tensor=None, # (t,) or (b, t) int64, where each token stands; next after the cache if None
                 cache:list=None,       # one cache a layer, for generation
                 visible:Tensor=None,   # (b, s) bool, keys that may be looked at; all if None
-                documents:Tensor=None, # (b, t) int, the document of each token, if none may see another
+                borders:Tensor=None,   # (n+1,) int32, of documents in the b*t tokens, if none may see another
                )->Tensor:              # (b, t, v) logits
-        return self.output(self.hidden(tokens, positions, cache, visible, documents))
+        return self.output(self.hidden(tokens, positions, cache, visible, borders))
 
-    def hidden(self, tokens:Tensor, positions:Tensor=None, cache:list=None, visible:Tensor=None, documents:Tensor=None)->Tensor: # (b, t, d)
+    def hidden(self, tokens:Tensor, positions:Tensor=None, cache:list=None, visible:Tensor=None, borders:Tensor=None)->Tensor: # (b, t, d)
         "The normalised stream after the last layer: everything but the output matrix"
         check_tokens(tokens, self.config.vocab_size)
         if positions is None: positions = next_positions(tokens, cache, self.config.max_seq_len)
-        if documents is not None: positions = document_positions(documents)
+        if borders is not None: positions = document_positions(borders, *tokens.shape)
         rotation = self.rotations(tokens.device)[positions]
         x = to_autocast(self.tok_embeddings(tokens))
-        for i, layer in enumerate(self.layers): x = layer(x, rotation, cache[i] if cache else None, visible, documents)
+        for i, layer in enumerate(self.layers): x = layer(x, rotation, cache[i] if cache else None, visible, borders)
         return self.norm(x)
 
     @torch.inference_mode(False)       # the table may be made while generating and used while training
@@ -113,10 +113,9 @@ def next_positions(tokens:Tensor, # (b, t)
     return torch.arange(start, end, device=tokens.device)
 
 # %% ../../nbs/34_model.transformer.ipynb #document-positions
-def document_positions(documents:Tensor # (b, t) int, equal numbers stand together
-                      )->Tensor:        # (b, t) int64, 0 at the first token of each document
-    "Places within the documents"
-    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return place - (place*begins).cummax(1).values
+def document_positions(borders:Tensor, # (n+1,) int32, where documents begin in the b*t tokens; 0 first, b*t last
+                       b:int, t:int
+                      )->Tensor:       # (b, t) int64, 0 at the first token of each document
+    "Places within the documents. Raises `UserError` for borders that do not cut b sequences of t tokens"
+    check_borders(borders, b, t)
+    return torch.arange(b*t, device=borders.device).view(b, t) - borders[document_numbers(borders, b, t)]

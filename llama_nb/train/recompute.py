@@ -36,7 +36,8 @@ def _wrap(block:nn.Module, around):
 
 # %% ../../nbs/42_train.recompute.ipynb #linear
 _KEPT = {'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_flash_attention',
-         'aten::_scaled_dot_product_efficient_attention', 'aten::_scaled_dot_product_cudnn_attention', 'torch_attn::_varlen_attn',
+         'aten::_scaled_dot_product_efficient_attention', 'aten::_scaled_dot_product_cudnn_attention', 'torch_attn::_varlen_attn', 'aten::_flash_attention_forward', 'aten::_efficient_attention_forward',
+         'llama_nb::attend_documents', 'llama_nb::attend_xformers',
          '_c10d_functional::reduce_scatter_tensor', '_c10d_functional::all_reduce'}
 
 def _policy(context, operator, *args, **kwargs)->CheckpointPolicy:
@@ -65,7 +66,7 @@ class _Source(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient): return None, None
 
-def _attend_kept(q:Tensor, k:Tensor, v:Tensor, backend:str, documents:Tensor)->tuple[Tensor, list[Tensor], object]:
+def _attend_kept(q:Tensor, k:Tensor, v:Tensor, backend:str, borders:Tensor)->tuple[Tensor, list[Tensor], object]:
     "Attention, what its backward pass needs, and a function (those tensors, gradient) -> gradients of q, k and v"
     kept, lent = [], []
     def pack(tensor): kept.append(tensor.detach()); return len(kept) - 1
@@ -73,7 +74,7 @@ def _attend_kept(q:Tensor, k:Tensor, v:Tensor, backend:str, documents:Tensor)->t
         anchor = torch.empty(0, requires_grad=True)
         sources = [_Source.apply(anchor, x) for x in (q, k, v)]
         edges = [torch.autograd.graph.get_gradient_edge(x) for x in sources]
-        out = attend(*sources, backend, None, documents)
+        out = attend(*sources, backend, None, borders)
     end, saved = torch.autograd.graph.get_gradient_edge(out), list(kept)
     kept.clear()                                             # the graph holds on to this list
     def backward(tensors, gradient):
@@ -86,11 +87,11 @@ def _attend_kept(q:Tensor, k:Tensor, v:Tensor, backend:str, documents:Tensor)->t
 class _BlockFunction(torch.autograd.Function):
     "A transformer block with a backward pass written by hand"
     @staticmethod
-    def forward(ctx, block, rotation, documents, x, *weights):
+    def forward(ctx, block, rotation, borders, x, *weights):
         at, ff = block.attention, block.feed_forward
         n = block.attention_norm(x)
         q, k, v = (rearrange(w(n), 'b t (h k) -> b t h k', k=at.head_dim) for w in (at.wq, at.wk, at.wv))
-        o, kept, ctx.attend_backward = _attend_kept(apply_rotary(q, rotation), apply_rotary(k, rotation), v, at.backend, documents)
+        o, kept, ctx.attend_backward = _attend_kept(apply_rotary(q, rotation), apply_rotary(k, rotation), v, at.backend, borders)
         h = x + at.wo(o.flatten(-2))
         n = block.ffn_norm(h)
         a, c = ff.w1(n), ff.w3(n)
