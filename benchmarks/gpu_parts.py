@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.model.attention import backend_problem, backend_report
-from llama_nb.core import pick_dtype
+from llama_nb.core import UserError, pick_dtype
+from llama_nb.scale.memory import memory_per_rank
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
 from llama_nb.train.trainer import Trainer, train_step
 
@@ -154,11 +155,12 @@ def tests(desk):
 # --- graphs ---------------------------------------------------------------------------------------
 
 def graphs(desk):
-    "Each recompute mode, backend and packing, compiled with fullgraph=True: one graph, no break, and none more in later steps (C1, C2)"
+    """Each recompute mode, backend and packing, compiled with fullgraph=True: one graph and no break (C1, C2).
+    One more is right where a later batch has more documents than there was room for in the borders."""
     model = BLOCK_7B if desk.gpu else MINI
     for backend, documents in itertools.product(backends(desk, 'sdpa', 'xformers', k=model.head_dim), DOCUMENTS):
         run = trainer(desk, model, batch=1, micro=1, documents=documents, attention=backend)
-        for mode in (m for m in RECOMPUTE if m != 'manual'): count_graphs(desk, run, mode, 'aot_eager', f'{backend}, {documents}, {mode}')
+        for mode in ('none', 'full', 'linear', 'budget') if desk.gpu else ('none', 'linear'): count_graphs(desk, run, mode, 'aot_eager', f'{backend}, {documents}, {mode}')
         if desk.gpu: count_graphs(desk, run, 'linear', 'inductor', f'{backend}, {documents}, linear, Inductor')
         del run; free(desk)
     desk.skip('mode manual', 'a backward pass by hand, which the trainer refuses to compile')
@@ -176,7 +178,8 @@ def count_graphs(desk, run:Trainer, mode:str, compiler:str, name:str):
         wait(desk)
     except Exception as e: why = first_line(e)
     found, breaks = counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
-    desk.row('graphs', name, why is None and found == 1 and breaks == 0, graphs=found, breaks=breaks, why=why)
+    right = found == 1 or found == 2 and 'separate' in name
+    desk.row('graphs', name, why is None and right and breaks == 0, graphs=found, breaks=breaks, why=why)
 
 # --- synchronisation, and a step that is skipped --------------------------------------------------
 
@@ -234,7 +237,8 @@ LIMITS = {'float32': 1e-4,     # sums in another order and other exponentials: 1
 def parity(desk):
     "Every gradient against the same run in float32 with plain attention on the CPU: the norm of the difference over the norm"
     torch.set_float32_matmul_precision('highest')                                        # no TF32
-    modes = [(m, 'off') for m in ('none', 'full', 'linear', 'manual')] + [('linear', 'blocks'), ('budget', 'blocks')]*desk.gpu
+    modes = [(m, 'off') for m in ('none', 'full', 'linear', 'manual')] + [('linear', 'blocks'), ('budget', 'blocks')]
+    if not desk.gpu: modes = [('none', 'off'), ('linear', 'off')]
     if not desk.gpu: desk.skip('compiled modes', 'minutes of compiling on a CPU')
     names = {n: backends(desk, 'reference', 'sdpa', 'xformers', dtype=pick_dtype(n), k=SMALL[desk.form].head_dim) for n in LIMITS}
     losses = {}
@@ -330,7 +334,6 @@ def peaks(desk):
         desk.row('peak of a step, GB', mode, states=held/1e9, peak=(held + got[1])/1e9, formula=formula and formula/1e9, ratio=formula and (held + got[1])/formula)
 
 def formula_bytes(config:RunConfig)->float|None:
-    "What the package says that one rank needs; by hand while it says nothing: 16 bytes a parameter, 14d + 4f a token and layer"
-    c, tokens = config.model, config.train.micro_batch_size*config.data.seq_len
-    kept = {'linear': 14*c.dim + 4*c.ffn_dim, 'full': 2*c.dim}.get(config.train.recompute)
-    return None if kept is None else 16*c.n_params + c.n_layers*tokens*kept
+    "What the package says that a process of its own needs; None where the compiler decides"
+    try: return sum(memory_per_rank(config).values())
+    except UserError: return None

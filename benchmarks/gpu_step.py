@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from collections import Counter
 import torch
 from torch import nn
-from llama_nb.config import ModelConfig, OptimConfig
+from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.core import UserError
 from llama_nb.model.attention import pick_backend
 from llama_nb.model.transformer import LLaMA, init_weights
@@ -17,7 +17,7 @@ from llama_nb.scale.flops import device_peak, hfu, measure_matmul_peak, mfu, mod
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.trainer import accumulate
-from gpu_parts import backends, device, first_line, free, wait
+from gpu_parts import backends, device, first_line, formula_bytes, free, wait
 
 GOALS = {'1.3B': .55, '7B': .50}                                 # MFU; and 1.25 times transformers
 FASTER = 1.25
@@ -163,7 +163,7 @@ class Contest:
     def report(self, who:Contestant, how:str='alone'):
         c, t = self.config, self.config.max_seq_len
         median = statistics.median(self.seconds[who])
-        rate, memory = self.batch*t/median, formula_gb(c, who)
+        rate, memory = self.batch*t/median, formula_gb(c, who, self.batch)
         base = [s for other, s in self.seconds.items() if other.code == 'transformers' and bool(other.compiled) == bool(who.compiled) and s]
         hardware = None if who.recompute == 'budget' or who.code != 'llama_nb' else hfu(rate, c, t, self.peak, who.recompute).share
         facts = {**self.facts[who], 'formula_gb': memory}
@@ -181,11 +181,12 @@ def peak_of(desk, config:ModelConfig, batch:int, dtype):
     one = ModelConfig(config.dim, 1, config.n_heads, vocab_size=config.vocab_size, multiple_of=config.multiple_of)
     return measure_matmul_peak(model_products(one, batch*config.max_seq_len), dtype, device(desk).type, turns=3)
 
-def formula_gb(c:ModelConfig, who:Contestant)->float|None:
-    "States of 16 bytes a parameter, and 14d + 4f bytes a token and layer where linear outputs are kept"
-    if who.code != 'llama_nb' or who.recompute not in ('linear', 'full'): return None
-    kept = 14*c.dim + 4*c.ffn_dim if who.recompute == 'linear' else 2*c.dim
-    return (16*c.n_params + c.n_layers*who.micro*c.max_seq_len*kept)/1e9
+def formula_gb(c:ModelConfig, who:Contestant, batch:int)->float|None:
+    "What the package says that this takes, in eager blocks"
+    if who.code != 'llama_nb': return None
+    train = TrainConfig(steps=100, micro_batch_size=who.micro, dtype='bfloat16', recompute=who.recompute, compile='blocks' if who.recompute == 'budget' else 'off')
+    size = formula_bytes(RunConfig('-', c, DataConfig('-', seq_len=c.max_seq_len, batch_size=batch), train, OptimConfig(warmup_steps=1)))
+    return size and size/1e9
 
 def goals(desk, contest:Contest, size:str):
     "What is aimed at, beside what came; nothing is asserted"
