@@ -8,7 +8,7 @@ Each part is a process of its own with a time limit; its rows are written as the
 results.md. A part that fails, hangs or is killed is recorded with its last lines, and the next one goes on. Called again, it goes
 on with the parts that are not done. Without a GPU the parts that make sense run in miniature, and the tables say what was skipped.
 """
-import argparse, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import argparse, importlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,20 @@ class Part:
     run:str                     # module:function, called with a `Desk`
 
 PARTS = {
-    'environment': Part('driver, versions, xformers, the attention that `auto` picks, first steps with default settings', 120, 'gpu_parts:environment'),
+    'environment': Part('versions, xformers, the attention that `auto` picks, steps with default settings', 120,
+                        'gpu_parts:environment'),
     'tests':       Part('tests/gpu_cuda.py', 90, 'gpu_parts:tests'),
     'graphs':      Part('one block as wide as that of 7B: graphs and graph breaks', 210, 'gpu_parts:graphs'),
-    'sync':        Part('steps in which the host may not wait for the device; a step that is skipped', 120, 'gpu_parts:sync'),
+    'sync':        Part('steps in which the host may not wait for the device; a step that is skipped', 120,
+                        'gpu_parts:sync'),
     'parity':      Part('gradients against float32 on the CPU', 120, 'gpu_parts:parity'),
     'step':        Part('a training step of 1.3B parameters beside transformers', 360, 'gpu_step:step'),
     'step_7B':     Part('a training step of 7B, or of as many of its layers as fit', 240, 'gpu_step:step_7B'),
     'profile':     Part('where the time of a step goes', 90, 'gpu_step:profile'),
-    'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90, 'gpu_parts:memory'),
-    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180, 'gpu_runs:nccl'),
+    'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90,
+                        'gpu_parts:memory'),
+    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180,
+                        'gpu_runs:nccl'),
     'documents':   Part('packing with document masking against packing without', 150, 'gpu_runs:documents'),
 }
 
@@ -43,13 +47,16 @@ PARTS = {
 class Desk:
     "What a part works with: the form (gpu or cpu), a folder for data and runs, and the rows that it hands in"
     def __init__(self, form:str, work, seconds:float):
-        self.form, self.work, self.end = form, Path(work), time.monotonic() + seconds - 10      # 10 s to begin and to end in
-        self.gpu, self.out = form == 'gpu', Path(work)/'files'          # what is put into `out` is kept beside the tables
+        # 10 s to begin and to end in
+        self.form, self.work, self.end = form, Path(work), time.monotonic() + seconds - 10
+        # what is put into `out` is kept beside the tables
+        self.gpu, self.out = form == 'gpu', Path(work)/'files'
 
     def left(self)->float: "Seconds until it should be done"; return self.end - time.monotonic()
 
     def row(self, table:str, name:str, ok:bool|None=None, **values):
-        "Hand in a row; one of the same table and name is replaced. `ok` False counts as a problem, None as a number to look at"
+        "Hand in a row, in the place of one of the same table and name. `ok` False is a problem, None a number to look at"
+        values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         print(ROW + json.dumps({'table': table, 'name': name, 'ok': ok, **values}, default=str), flush=True)
 
     def skip(self, name:str, why:str): self.row('skipped', name, why=why)
@@ -64,7 +71,8 @@ def work_on(part:str, form:str, work:str, seconds:str):
 def environment(work:Path, form:str)->dict:
     "The variables of the parts' processes: this package on the path, no network, and no GPU in the CPU form"
     path = [str(work/'site'), str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')]
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in path if p), 'PYTHONUNBUFFERED': '1', 'HF_HUB_OFFLINE': '1'}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in path if p), 'PYTHONUNBUFFERED': '1',
+           'HF_HUB_OFFLINE': '1'}
     env.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
     if form == 'cpu': env['CUDA_VISIBLE_DEVICES'] = ''
     return env
@@ -102,7 +110,8 @@ def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
     except KeyboardInterrupt: status = 'stopped'
     finally:
         if process: end_group(process); listener.join(10); tail = list(listener.tail)
-    return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': [] if status == 'done' else tail}
+    return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': [] if status == 'done'
+            else tail}
 
 def how_it_ended(code:int)->str:
     return 'done' if code == 0 else f'killed by signal {-code}' if code < 0 else f'failed with exit code {code}'
@@ -111,25 +120,34 @@ def look(form:str, work:Path)->dict:
     "The device and the versions, seen by a process that ends again, so that the GPU is free for the parts"
     code = '''import json, os, platform, torch
 gpu = torch.cuda.is_available()
-print(json.dumps({'gpu': gpu, 'device': torch.cuda.get_device_name() if gpu else '', 'torch': torch.__version__, 'cuda': torch.version.cuda,
-                  'memory_gb': torch.cuda.get_device_properties(0).total_memory/1e9 if gpu else 0, 'cores': os.cpu_count(), 'python': platform.python_version()}))'''
-    done = subprocess.run([sys.executable, '-c', code], env=environment(work, form), capture_output=True, text=True, timeout=300)
+print(json.dumps({'gpu': gpu, 'device': torch.cuda.get_device_name() if gpu else '',
+                  'memory_gb': torch.cuda.get_device_properties(0).total_memory/1e9 if gpu else 0,
+                  'torch': torch.__version__, 'cuda': torch.version.cuda, 'cores': os.cpu_count(),
+                  'python': platform.python_version()}))'''
+    done = subprocess.run([sys.executable, '-c', code], env=environment(work, form), capture_output=True,
+                          text=True, timeout=300)
     if done.returncode: raise SystemExit(f'torch does not start here:\n{done.stderr[-2000:]}')
     about = json.loads(done.stdout.splitlines()[-1])
     about['date'] = time.strftime('%Y-%m-%d')
-    return about | {'form': 'gpu' if about['gpu'] else 'cpu', 'device': about['device'] or f'CPU {processor()}'}
+    return about | {'form': 'gpu' if about['gpu'] else 'cpu', 'device': about['device']
+                    or f'CPU {processor()}'}
 
 def processor()->str:
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: lines = []
-    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), 'of unknown name')
+    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')),
+                'of unknown name')
 
-def folder_name(device:str)->str: "'NVIDIA H100 80GB HBM3' -> 'NVIDIA-H100-80GB-HBM3'"; return re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')
+def folder_name(device:str)->str:
+    "'NVIDIA H100 80GB HBM3' -> 'NVIDIA-H100-80GB-HBM3'"
+    return re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')
 
 def install(wheels:list[str], site:Path):
     "Wheels, or folders of wheels, for the parts alone: nothing is fetched and nothing is changed outside of `site`"
     files = [str(f) for w in map(Path, wheels) for f in (sorted(w.glob('*.whl')) if w.is_dir() else [w])]
-    if files: subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target', str(site), *files], check=True)
+    if files:
+        subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target',
+                        str(site), *files], check=True)
 
 # --- results --------------------------------------------------------------------------------------
 
@@ -147,7 +165,9 @@ class Results:
         old = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else {}
         self.data = {'about': about, 'parts': old.get('parts', {})}
 
-    def begin(self, name:str, about:dict): self.data['parts'][name] = {'status': 'running', 'rows': [], **about}; self.write()
+    def begin(self, name:str, about:dict):
+        self.data['parts'][name] = {'status': 'running', 'rows': [], **about}
+        self.write()
 
     def take(self, name:str, row:dict):
         "Add a row, or put it in the place of the one with its name"
@@ -178,12 +198,14 @@ def cell(x)->str:
 
 def table(rows:list[dict])->list[str]:
     "A Markdown table with every key that a row has"
-    keys = list(dict.fromkeys(k for r in rows for k in r if k != 'table' and any(x.get(k) is not None for x in rows)))
+    keys = list(dict.fromkeys(k for r in rows for k in r if k != 'table'
+                              and any(x.get(k) is not None for x in rows)))
     lines = ['| ' + ' | '.join('' if k == 'name' else k for k in keys) + ' |', '|' + '---|'*len(keys)]
     return lines + ['| ' + ' | '.join(cell(r.get(k)) for k in keys) + ' |' for r in rows]
 
 def render_part(name:str, part:dict)->list[str]:
-    lines = ['', f'## {name}', '', f'{PARTS[name].about if name in PARTS else name}. **{part["status"]}** after {part.get("seconds", 0):.0f} s'
+    about = PARTS[name].about if name in PARTS else name
+    lines = ['', f'## {name}', '', f'{about}. **{part["status"]}** after {part.get("seconds", 0):.0f} s'
              f' ({part.get("limit", 0):.0f} allowed), {part.get("date", "")}, torch {part.get("torch", "")}.']
     for title in dict.fromkeys(r['table'] for r in part['rows']):
         lines += ['', f'### {title}', '', *table([r for r in part['rows'] if r['table'] == title])]
@@ -193,22 +215,32 @@ def render_part(name:str, part:dict)->list[str]:
 def render(data:dict)->str:
     "All of it as Markdown"
     a, parts = data['about'], data['parts']
-    lines = [f'# {a["device"]}', '', f'Measured by `python benchmarks/gpu.py`: torch {a["torch"]}, CUDA {a["cuda"]}, Python {a["python"]}, {a["cores"]} cores.'
-             + ('' if a['form'] == 'gpu' else ' **No GPU: a miniature that shows that the parts run; its times say nothing.**'), '']
-    lines += table([{'name': n, 'status': p['status'], 'problems': ', '.join(problems(p)) or None, 'seconds': p.get('seconds')} for n, p in parts.items()])
-    for name in sorted(parts, key=lambda n: list(PARTS).index(n) if n in PARTS else len(PARTS)): lines += render_part(name, parts[name])
+    mini = ' **No GPU: a miniature that shows that the parts run; its times say nothing.**'*(a['form'] != 'gpu')
+    lines = [f'# {a["device"]}', '', f'Measured by `python benchmarks/gpu.py`: torch {a["torch"]}, CUDA {a["cuda"]}, '
+             f'Python {a["python"]}, {a["cores"]} cores.{mini}', '']
+    lines += table([{'name': n, 'status': p['status'], 'problems': ', '.join(problems(p)) or None,
+                     'seconds': p.get('seconds')} for n, p in parts.items()])
+    for name in sorted(parts, key=lambda n: list(PARTS).index(n) if n in PARTS else len(PARTS)):
+        lines += render_part(name, parts[name])
     return '\n'.join(lines) + '\n'
 
 # --- all of it ------------------------------------------------------------------------------------
 
-def run_parts(parts:dict[str,Part], results:Results, form:str, work:Path, minutes:float=0, again:bool=False)->bool:
+def run_parts(parts:dict[str,Part], results:Results, form:str, work:Path, minutes:float=0,
+              again:bool=False)->bool:
     "Run the parts that are not done yet, in `minutes` if given. True if all of them ended without a problem"
     end = time.monotonic() + 60*minutes if minutes else float('inf')
     for name, part in parts.items():
-        if not again and results.data['parts'].get(name, {}).get('status') == 'done': print(f'{name}: done already'); continue
+        if not again and results.data['parts'].get(name, {}).get('status') == 'done':
+            print(f'{name}: done already')
+            continue
         left = end - time.monotonic()
-        if left < part.seconds/2: print(f'{name}: not begun, {max(left, 0):.0f} s left of the time given'); continue
-        limit, a = min(part.seconds if form == 'gpu' else min(3*part.seconds, 600), left), results.data['about']   # a CPU may be shared
+        if left < part.seconds/2:
+            print(f'{name}: not begun, {max(left, 0):.0f} s left of the time given')
+            continue
+        # a CPU may be shared
+        limit, a = min(part.seconds if form == 'gpu' else min(3*part.seconds, 600),
+                       left), results.data['about']
         print(f'{name}: {part.about} (at most {limit:.0f} s)', flush=True)
         results.begin(name, {'limit': limit, 'date': a['date'], 'torch': a['torch']})
         results.finish(name, **run_part(part, form, work, limit, lambda row: results.take(name, row)))
@@ -233,12 +265,16 @@ def merge(folders:list[str], out:Path):
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog='parts:\n' + '\n'.join(f'  {n:<12} {p.seconds:4.0f} s  {p.about}' for n, p in PARTS.items()))
-    p.add_argument('--out', default=str(HERE/'gpu'), help='the tables go into a folder of it that is named by the device')
-    p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART', help='only these; all if left out')
+    p.add_argument('--out', default=str(HERE/'gpu'),
+                   help='the tables go into a folder of it that is named by the device')
+    p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
+                   help='only these; all if left out')
     p.add_argument('--minutes', type=float, default=0, help='begin nothing that would not fit into this time')
     p.add_argument('--again', action='store_true', help='also the parts that are done')
-    p.add_argument('--form', choices=('auto', 'gpu', 'cpu'), default='auto', help='cpu: the miniature, without the GPU')
-    p.add_argument('--wheels', '--xformers', nargs='+', default=[], metavar='WHEEL', help='wheels, or folders of them, for these processes alone')
+    p.add_argument('--form', choices=('auto', 'gpu', 'cpu'), default='auto',
+                   help='cpu: the miniature, without the GPU')
+    p.add_argument('--wheels', '--xformers', nargs='+', default=[], metavar='WHEEL',
+                   help='wheels, or folders of them, for these processes alone')
     p.add_argument('--merge', nargs='+', metavar='FOLDER', help='only put earlier results together')
     return p.parse_args()
 
@@ -250,9 +286,11 @@ def main()->int:
     try:
         install(a.wheels, work/'site')
         about = look(a.form, work)
-        if a.form == 'gpu' and about['form'] != 'gpu': raise SystemExit('there is no GPU that torch can use; --form cpu runs the miniature')
+        if a.form == 'gpu' and about['form'] != 'gpu':
+            raise SystemExit('there is no GPU that torch can use; --form cpu runs the miniature')
         results = Results(Path(a.out)/folder_name(about['device']), about)
-        fine = run_parts({n: PARTS[n] for n in PARTS if n in a.parts}, results, about['form'], work, a.minutes, a.again)
+        fine = run_parts({n: PARTS[n] for n in PARTS if n in a.parts}, results, about['form'], work,
+                         a.minutes, a.again)
     except KeyboardInterrupt: print('stopped; the same command goes on'); return 130
     finally: shutil.rmtree(work, ignore_errors=True)
     print(f'{results.folder/"results.md"}')
