@@ -41,10 +41,10 @@ def apply_data_parallel(model:LLaMA,     # on any device, meta included; after t
 
 # %% ../../nbs/52_parallel.data.ipynb #sync
 def sync_gradients(model:nn.Module,
-                   on:bool, # False: the next backward passes keep gradients on the rank
+                   last:bool, # the next backward pass is the last of the step
                   ):
-    "Whether the next backward passes sum gradients over the data ranks; nothing to say to a model that is not shared"
-    if isinstance(model, FSDPModule): model.set_requires_gradient_sync(on)
+    "Gradients are always scattered within the shard group; whether the next backward pass sums them over the replicas too"
+    if isinstance(model, FSDPModule): model.set_requires_all_reduce(last)
 
 # %% ../../nbs/52_parallel.data.ipynb #materialize
 _ROWS = 16                                                                 # drawn from one generator
@@ -103,7 +103,7 @@ class _Wire(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 def _step(model, pieces:int=1, always:bool=False):
-    "Forward and backward through copies of a batch; gradients are summed after the last, or after each"
+    "Forward and backward through copies of a batch; replicas sum after the last, or after each"
     x, y = _batch()
     for left in reversed(range(pieces)):
         sync_gradients(model, always or left == 0)

@@ -49,6 +49,9 @@ def recompute_linear(block:nn.Module):
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     _wrap(block, lambda plain: partial(checkpoint, plain, use_reentrant=False, context_fn=contexts))
 
+# %% ../../nbs/42_train.recompute.ipynb #kept-whole
+_KEPT.add('llama_nb::row_product')                          # a product and the sum that completes it
+
 # %% ../../nbs/42_train.recompute.ipynb #linear-backward
 def linear_backward(dy:Tensor,        # (..., out)
                     n:Tensor,         # (..., in) the layer's input

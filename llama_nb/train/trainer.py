@@ -288,9 +288,10 @@ def fit(run:Trainer,
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
         often = .1 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30.    # seconds; a log file is not a screen
         bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress or run.rank > 0, mininterval=often, maxinterval=often))
-        diary = stack.enter_context(Diary(run, bar)); stack.enter_context(quiet_gc())
+        diary = stack.enter_context(Diary(run, bar))
+        tidy = stack.enter_context(quiet_gc())
         while run.step < c.steps and not diary.signals:
-            diary.add(train_step(run)); alive()
+            diary.add(train_step(run)); alive(); tidy(run.step)
             if run.fused is not None: check_fused(run.fused); run.fused = None    # the first step has compiled the blocks
             if run.held_out and (run.step % c.eval_every == 0 or run.step == c.steps): diary.measure()
             if run.step % c.save_every == 0: diary.checkpoint()
@@ -353,10 +354,12 @@ class Diary:
 
 # %% ../../nbs/61_train.trainer.ipynb #quiet-gc
 @contextmanager
-def quiet_gc():
-    "Python's garbage collector does not start by itself"
+def quiet_gc(every:int=50): # steps between two looks at the young objects
+    "Python's garbage collector does not start by itself; it runs when the given function is told a step that is its turn"
     was = gc.isenabled(); gc.collect(); gc.disable()
-    try: yield
+    def tidy(step:int):
+        if step % every == 0: gc.collect(1)
+    try: yield tidy
     finally:
         if was: gc.enable()
 

@@ -1,0 +1,150 @@
+"What one rank of many keeps and needs at most, without the others and without memory: a process group that pretends, and tensors without numbers."
+import gc, json, sys, weakref
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives                              # collectives of tensors without numbers
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from llama_nb.config import ModelConfig, load_run
+from llama_nb.model import transformer
+from llama_nb.model.transformer import LLaMA
+from llama_nb.parallel.data import apply_data_parallel, materialize
+from llama_nb.parallel.mesh import degrees, make_mesh
+from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
+from llama_nb.train.optim import clip_grad_norm, make_optimizer
+from llama_nb.train.recompute import apply_recompute
+from llama_nb.train.state import prepare_optimizer
+from llama_nb.train.trainer import accumulate
+
+def pretend(ranks): dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
+
+def local(x): return x._local_tensor if hasattr(x, '_local_tensor') else x
+
+# --- what a block leaves for its backward pass --------------------------------------------------
+
+BLOCK = ModelConfig(256, 1, 8, vocab_size=64, multiple_of=32, max_seq_len=64)
+
+class Alive(TorchDispatchMode):
+    "The storages of all results that are still there"
+    def __init__(self): super().__init__(); self.seen = {}
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types): return NotImplemented      # it takes the operation apart, and comes back with local ones
+        out = operator(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.seen[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return out
+    def bytes(self, *others): # tensors that do not count
+        gc.collect()
+        without = {local(x).untyped_storage()._cdata for x in others}
+        return sum(size for key, (ref, size) in self.seen.items() if ref() is not None and key not in without)
+
+class Handed:
+    "The storages that are handed to autograd"
+    def __init__(self): self.seen = {}
+    def pack(self, x): storage = local(x).untyped_storage(); self.seen[storage._cdata] = storage.nbytes(); return x
+    def bytes(self, *others): return sum(size for key, size in self.seen.items() if key not in {local(x).untyped_storage()._cdata for x in others})
+
+def block(n, sequence, mode, compiled):
+    mesh = make_mesh((1, 1, n), 'cpu')
+    with torch.device('meta'): model = LLaMA(BLOCK)
+    apply_tensor_parallel(model, mesh['tensor'], sequence)
+    apply_recompute(model, mode)
+    for layer in model.layers if compiled else (): layer.compile(backend='aot_eager_decomp_partition')
+    materialize(model, 0, torch.device('cpu'))
+    return model.to(torch.bfloat16)                                          # as weights are gathered; so none is cast
+
+def kept(n, sequence, mode, compiled, b=2, t=64):
+    "Bytes that one block keeps of bfloat16 input, its input included"
+    model = block(n, sequence, mode, compiled)
+    layer, rotation = model.layers[0], model.rotations(torch.device('cpu'))[torch.arange(t)]
+    def forward():
+        x = torch.randn(b, t//n if sequence else t, BLOCK.dim, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast('cpu', torch.bfloat16): return x, layer(x, rotation)
+    forward()[1].float().sum().backward()                                    # compiles; works out layouts
+    watch = Handed() if compiled else Alive()
+    with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x) if compiled else watch: x, y = forward()
+    return watch.bytes(*model.parameters(), rotation, y)
+
+def kept_cases(n, cases):
+    pretend(n)
+    return [kept(n, *case) for case in cases]
+
+# --- the peak of a step -------------------------------------------------------------------------
+
+class Peak(TorchDispatchMode):
+    "Bytes of all storages that live, and the most there ever were; MemTracker's numbers, in time that does not grow with their number"
+    def __init__(self, *tensors):
+        super().__init__(); self.live, self.bytes, self.peak = {}, 0, 0
+        for x in tensors: self.note(local(x).untyped_storage())
+
+    def note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.live: self.live[key] = [weakref.ref(storage, lambda _: self.change(key, 0)), 0]
+        self.change(key, size)
+
+    def change(self, key, size):
+        self.bytes += size - self.live[key][1]
+        self.live[key][1] = size
+        if not size and self.live[key][0]() is None: del self.live[key]
+        self.peak = max(self.peak, self.bytes)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types): return NotImplemented
+        if operator is torch.ops._c10d_functional.wait_tensor.default: return args[0]      # as it does; its fake makes another
+        out = operator(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor): self.note(x.untyped_storage())
+        return out
+
+    def __enter__(self):
+        self.resize = torch.UntypedStorage.resize_                            # how FSDP forgets gathered weights
+        def resize_(storage, size): self.resize(storage, size); storage._cdata in self.live and self.change(storage._cdata, storage.nbytes())
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *error): torch.UntypedStorage.resize_ = self.resize; return super().__exit__(*error)
+
+def shared_model(run, ranks):
+    "The model of a run as rank 0 of so many has it, on the meta device"
+    with unset_fake_temporarily():
+        mesh = make_mesh(degrees(run.parallel, run.model, ranks), 'cpu') if ranks > 1 else None
+        model = on_meta(run, mesh)
+    return model, run.data.batch_size//(mesh['replicate'].size()*mesh['shard'].size() if mesh else 1)
+
+def on_meta(run, mesh):
+    with torch.device('meta'): model = LLaMA(run.model)
+    for layer in model.layers: layer.attention.backend = 'sdpa'
+    if mesh: apply_tensor_parallel(model, mesh['tensor'], run.parallel.sequence)
+    apply_recompute(model, run.train.recompute)
+    if mesh: apply_data_parallel(model, mesh, getattr(torch, run.train.dtype))
+    return model
+
+def one_step(run, ranks, tracker=Peak):
+    "The most that rank 0 needs in the forward and backward passes of a step, weights and optimiser included"
+    model, share = shared_model(run, ranks)
+    model.to_empty(device='cpu')
+    optimizer = make_optimizer(model, run.optim); prepare_optimizer(model, optimizer)
+    x = torch.zeros(share, run.data.seq_len, dtype=torch.int64)
+    moments = [v for state in optimizer.state.values() for v in state.values()]
+    with tracker(*model.parameters(), *moments, x) as watch:
+        accumulate(model, x, x, run.train.micro_batch_size, getattr(torch, run.train.dtype), None, torch.tensor(1.))
+    return watch.peak
+
+def peak(path, ranks, settings=(), tracker=Peak):
+    "Of a run at full size: bytes"
+    if ranks > 1: pretend(ranks)
+    transformer.check_tokens = lambda *_: None                                # looks at numbers, and there are none
+    off = '--train.compile', 'off'
+    one_layer, run = (load_run(path, [*off, *settings, *layers]) for layers in (('--model.n_layers', '1', '--data.batch_size', '2048'), ()))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        if run.parallel.tensor > 1: one_step(one_layer, ranks)                # layouts are worked out at the first pass, with trial operations
+        return one_step(run, ranks, tracker)
+
+if __name__ == '__main__': print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
