@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROW = '\x1e'                    # a line of a part that begins with it is a row of its table
+ROW = '\x1e'                    # what follows it in a line of a part is a row of its table
 TAIL = 25                       # last lines that are kept of a part that did not end well
 
 @dataclass(frozen=True)
@@ -29,16 +29,13 @@ PARTS = {
                         'gpu_parts:environment'),
     'tests':       Part('tests/gpu_cuda.py', 90, 'gpu_parts:tests'),
     'graphs':      Part('one block as wide as that of 7B: graphs and graph breaks', 210, 'gpu_parts:graphs'),
-    'sync':        Part('steps in which the host may not wait for the device; a step that is skipped', 120,
-                        'gpu_parts:sync'),
+    'sync':        Part('steps in which the host may not wait for the device; a skipped step', 120, 'gpu_parts:sync'),
     'parity':      Part('gradients against float32 on the CPU', 120, 'gpu_parts:parity'),
     'step':        Part('a training step of 1.3B parameters beside transformers', 360, 'gpu_step:step'),
     'step_7B':     Part('a training step of 7B, or of as many of its layers as fit', 240, 'gpu_step:step_7B'),
     'profile':     Part('where the time of a step goes', 90, 'gpu_step:profile'),
-    'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90,
-                        'gpu_parts:memory'),
-    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180,
-                        'gpu_runs:nccl'),
+    'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90, 'gpu_parts:memory'),
+    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180, 'gpu_runs:nccl'),
     'documents':   Part('packing with document masking against packing without', 150, 'gpu_runs:documents'),
 }
 
@@ -47,10 +44,9 @@ PARTS = {
 class Desk:
     "What a part works with: the form (gpu or cpu), a folder for data and runs, and the rows that it hands in"
     def __init__(self, form:str, work, seconds:float):
-        # 10 s to begin and to end in
-        self.form, self.work, self.end = form, Path(work), time.monotonic() + seconds - 10
-        # what is put into `out` is kept beside the tables
-        self.gpu, self.out = form == 'gpu', Path(work)/'files'
+        self.form, self.gpu, self.work = form, form == 'gpu', Path(work)
+        self.end = time.monotonic() + seconds - 10              # 10 s to begin and to end in
+        self.out = self.work/'files'                            # what is put here is kept beside the tables
 
     def left(self)->float: "Seconds until it should be done"; return self.end - time.monotonic()
 
@@ -85,10 +81,11 @@ class Listener(threading.Thread):
 
     def run(self):
         for line in self.stream:
-            if line.startswith('USDT:'): continue                       # a mark that torch's profiler leaves
-            if line.startswith(ROW): self.take(json.loads(line[1:])); continue
-            print('   ', line.rstrip(), flush=True)
-            self.tail.append(line.rstrip()[:300])
+            said, mark, row = line.partition(ROW)                       # a progress bar may stand before it
+            if mark: self.take(json.loads(row))
+            if not said.strip() or said.startswith('USDT:'): continue   # a mark that torch's profiler leaves
+            print('   ', said.rstrip(), flush=True)
+            self.tail.append(said.rstrip()[:300])
 
 def end_group(process):
     "End a part and everything that it has started"
@@ -110,8 +107,8 @@ def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
     except KeyboardInterrupt: status = 'stopped'
     finally:
         if process: end_group(process); listener.join(10); tail = list(listener.tail)
-    return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': [] if status == 'done'
-            else tail}
+    tail = [] if status == 'done' else tail
+    return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': tail}
 
 def how_it_ended(code:int)->str:
     return 'done' if code == 0 else f'killed by signal {-code}' if code < 0 else f'failed with exit code {code}'
@@ -129,8 +126,8 @@ print(json.dumps({'gpu': gpu, 'device': torch.cuda.get_device_name() if gpu else
     if done.returncode: raise SystemExit(f'torch does not start here:\n{done.stderr[-2000:]}')
     about = json.loads(done.stdout.splitlines()[-1])
     about['date'] = time.strftime('%Y-%m-%d')
-    return about | {'form': 'gpu' if about['gpu'] else 'cpu', 'device': about['device']
-                    or f'CPU {processor()}'}
+    device = about['device'] or f'CPU {processor()}'
+    return about | {'form': 'gpu' if about['gpu'] else 'cpu', 'device': device}
 
 def processor()->str:
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()

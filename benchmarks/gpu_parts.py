@@ -125,8 +125,8 @@ def versions(desk):
                    f'{p.total_memory/1e9:.1f} GB')
     desk.row('versions', 'cuDNN', value=torch.backends.cudnn.version())
     desk.row('versions', 'NCCL', value='.'.join(map(str, torch.cuda.nccl.version())))
-    desk.row('versions', 'nvidia-smi', value=shell('nvidia-smi',
-                                                   '--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm', '--format=csv,noheader'))
+    asked = '--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm'
+    desk.row('versions', 'nvidia-smi', value=shell('nvidia-smi', asked, '--format=csv,noheader'))
     for line in shell(sys.executable, '-m', 'xformers.info').splitlines():
         desk.row('xformers.info', line.partition(':')[0].strip(), value=line.partition(':')[2].strip()[:200])
 
@@ -149,15 +149,15 @@ def xformers_beside(desk):
     for load in (False, True):
         said = shell(sys.executable, '-W', 'ignore', '-c', XFORMERS.format(load=load))
         last = next((line for line in reversed(said.splitlines()) if line.strip()), '')
-        desk.row('xformers by itself', 'libcudart.so.12 loaded first' if load else 'as installed', runs='forward and backward ran True' in said,
-                 cuda='_built_with_cuda True' in said, said=last[:200])
+        desk.row('xformers by itself', 'libcudart.so.12 loaded first' if load else 'as installed',
+                 runs='forward and backward ran True' in said, cuda='_built_with_cuda True' in said, said=last[:200])
 
 def default_steps(desk):
     "The command line with a run file that sets only what it must (C3)"
     from llama_nb.config import PRESETS, dump_run
     small = PRESETS['toy'] if desk.gpu else MINI
-    config = RunConfig(str(desk.work/'default'), small, DataConfig(shards(desk), seq_len=small.max_seq_len,
-        batch_size=4), TrainConfig(steps=5), OptimConfig(warmup_steps=2))
+    data = DataConfig(shards(desk), seq_len=small.max_seq_len, batch_size=4)
+    config = RunConfig(str(desk.work/'default'), small, data, TrainConfig(steps=5), OptimConfig(warmup_steps=2))
     path = desk.work/'default.toml'
     path.write_text(dump_run(config), encoding='utf-8')
     said = subprocess.run([sys.executable, '-m', 'llama_nb', 'train', str(path)], capture_output=True,
@@ -205,8 +205,7 @@ def graphs(desk):
 
 def count_graphs(desk, run:Trainer, mode:str, compiler:str, name:str):
     from torch._dynamo.utils import counters
-    # the mode is a matter of its partitioner
-    if mode == 'budget': compiler = 'aot_eager_decomp_partition'
+    if mode == 'budget': compiler = 'aot_eager_decomp_partition'    # the mode is a matter of its partitioner
     torch._dynamo.reset(); counters.clear()
     why = None
     try:

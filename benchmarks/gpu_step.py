@@ -234,10 +234,8 @@ def step(desk):
     "1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside transformers"
     names, micro = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)), 4
     contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', ONE_B if desk.gpu else MINI, 8)
-    mine = lambda mode, compiled='', attention=names[-1]: Contestant('llama_nb', mode, compiled, micro,
-        attention)
-    them = [Contestant('transformers', 'none', '', micro, attention)
-            for attention in flash()]*transformers_here(desk)
+    def mine(mode, compiled='', attention=names[-1]): return Contestant('llama_nb', mode, compiled, micro, attention)
+    them = [Contestant('transformers', 'none', '', micro, kind) for kind in flash()]*transformers_here(desk)
     eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'manual', 'full'))]
     compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]), mine('none', 'blocks'),
                 *(mine('linear', 'blocks', other) for other in names[:-1]), mine('full', 'blocks'), mine('budget', 'blocks')]
@@ -245,20 +243,18 @@ def step(desk):
     enter_all(desk, contest, eager + compiled*desk.gpu, 100)
     contest.turns(10 if desk.gpu else 2)
     goals(desk, contest, '1.3B' if desk.gpu else 'toy')
-    # compiles for minutes, so last
-    whole = [replace(who, compiled='whole') for who in them[:1]]                   # compiles for minutes, so last
+    whole = [replace(who, compiled='whole') for who in them[:1]]    # compiles for minutes, so last
     enter_all(desk, contest, whole*desk.gpu, 60)
     if desk.gpu: contest.turns(10)
 
-def enter_all(desk, contest:Contest, all_of_them:list[Contestant], reserve:float):
-    "Each contestant enters while more than `reserve` seconds are left"
-    n = 3 if desk.gpu else 1
+def enter_all(desk, contest:Contest, all_of_them:list[Contestant], reserve:float, n:int=3):
+    "Each contestant enters while more than `reserve` seconds are left: `n` steps to warm up, `n` alone"
+    if not desk.gpu: n = 1
     for who in all_of_them:
         if desk.gpu and desk.left() < reserve: desk.skip(who.name, 'no time left')
         else: contest.enter(who, n, n)
 
-# CUDA itself, the loss, one layer's weights in bfloat16, the products' work space
-SPARE = 4e9
+SPARE = 4e9         # CUDA itself, the loss, one layer's weights in bfloat16, the products' work space
 
 def fitting_layers(memory:float, wanted:int=32, tokens:int=2048)->int:
     "As many layers of 7B as fit into `memory` bytes: states, weights once more in bfloat16, what transformers keeps of a sequence"
@@ -275,13 +271,10 @@ def step_7B(desk):
     if layers < 2: desk.skip('7B', f'{memory/1e9:.0f} GB do not hold two layers of it'); return
     size = '7B' if layers == 32 else f'{layers} of the 32 layers of 7B'
     contest = Contest(desk, f'16 x 2,048 tokens, {size}', ModelConfig(4096, layers, 32), 16)
-    attention, here = backends(desk, 'sdpa', 'xformers',
-                               dtype=compute_type(desk))[-1], transformers_here(desk)
-    them = [Contestant('transformers', mode, compiled, micro, 'sdpa') for mode, compiled,
-            micro in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
-    mine = [Contestant('llama_nb', mode, 'blocks', micro, attention) for mode,
-            micro in (('linear', 2), ('linear', 1), ('full', 4))]
-    enter_all(desk, contest, [mine[0], *them*here, *mine[1:]], 60)
+    attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
+    them = [Contestant('transformers', *how, 'sdpa') for how in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
+    mine = [Contestant('llama_nb', *how, attention) for how in (('linear', 'blocks', 2), ('linear', 'blocks', 1), ('full', 'blocks', 4))]
+    enter_all(desk, contest, [mine[0], *them*transformers_here(desk), *mine[1:]], 60, 2)
     contest.turns(5)
     goals(desk, contest, size)
 

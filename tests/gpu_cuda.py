@@ -39,8 +39,8 @@ def test_attention_as_the_reference(backend, k, packed):
 
 def test_the_loss_without_logits():
     "Float32: value and gradients of a vocabulary of 32,000; memory below that of the logits"
-    hidden, weight = torch.randn(2, 1024, 256, device=CUDA, requires_grad=True), torch.randn(32000, 256,
-        device=CUDA).mul_(.1).requires_grad_()
+    hidden = torch.randn(2, 1024, 256, device=CUDA, requires_grad=True)
+    weight = torch.randn(32000, 256, device=CUDA).mul_(.1).requires_grad_()
     targets = torch.randint(32000, (2, 1024), device=CUDA)
     right = loss_sum(hidden@weight.T, targets)[0]
     gradients = torch.autograd.grad(right, (hidden, weight))
@@ -54,8 +54,7 @@ def test_the_loss_without_logits():
 def test_adamw_that_is_told_to_do_nothing():
     "`found_inf` on the device: weights, both moments and the count of steps stay; and nobody waits"
     layer = torch.nn.Linear(256, 256, bias=False, device=CUDA)
-    optimizer, no, yes = make_optimizer(layer, OptimConfig()), torch.zeros((), device=CUDA), torch.ones((),
-        device=CUDA)
+    optimizer, no, yes = make_optimizer(layer, OptimConfig()), torch.zeros((), device=CUDA), torch.ones((), device=CUDA)
     def step(found):
         layer.weight.grad = torch.ones_like(layer.weight)
         norm = clip_grad_norm(layer.parameters(), 1.)
