@@ -7,7 +7,7 @@ TORCH_WANTED := $(if $(TORCH),torch==$(TORCH),$(shell sed -n 's/^requirements = 
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test versions torture test-slurm notebooks prepare docs clean named FORCE
+.PHONY: help toy test versions torture test-slurm gpu notebooks prepare docs clean named FORCE
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
@@ -15,6 +15,7 @@ help:
 	@echo 'make versions   the same with PYTHON=... TORCH=..., noted in benchmarks/versions.md (half an hour)'
 	@echo 'make torture    ranks killed at random instants, during saves too (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
+	@echo 'make gpu        on a machine with a GPU: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour; PARTS="graphs sync")'
 	@echo 'make prepare    after editing a notebook: clean, export, README'
 	@echo 'make docs       all pages as HTML in _docs'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
@@ -34,6 +35,9 @@ torture: .venv/installed-dev
 
 test-slurm: .venv/installed-dev
 	$(BIN)/python -m pytest -rP tests/slurm.py
+
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
 notebooks: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

@@ -1,0 +1,209 @@
+"Parts of gpu.py that are whole runs: one rank on NCCL, saving, stopping, a rank that raises; and what document masking costs."
+import itertools, json, multiprocessing, os, re, signal, socket, statistics, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+import torch
+from llama_nb.config import ModelConfig, dump_run
+from llama_nb.data.shards import TokenShards
+from llama_nb.parallel.mesh import stop_ranks
+from llama_nb.train import trainer as loop
+from llama_nb.train.checkpoint import list_checkpoints, load_checkpoint
+from gpu_parts import DOCUMENTS, MINI, SMALL, backends, device, first_line, free, run_config, trainer, wait
+
+HERE = Path(__file__).resolve().parent
+WIDE = ModelConfig(2048, 2, 16, vocab_size=2048)
+
+# --- one rank, as torchrun starts it --------------------------------------------------------------
+
+def nccl(desk):
+    "Saving while training; runs that are stopped and go on; a rank that raises. On a CPU the same with gloo"
+    desk.row('process group', 'backend', value='NCCL, and gloo for the CPU' if desk.gpu else 'gloo')
+    asynchronous_save(desk, 'cuda:0, by its number' if desk.gpu else 'cpu', where='cuda:0' if desk.gpu
+                      else 'cpu')
+    if desk.gpu and torch.cuda.device_count() > 1:
+        asynchronous_save(desk, 'cuda:1, by its number', where='cuda:1')
+    else: desk.skip('a second device by its number', 'one device')
+    raises(desk)
+    resumes(desk, 'plain attention', attention='reference', dtype='float32')
+    if desk.gpu: resumes(desk, 'default attention', repeats=True)
+    with one_rank(): asynchronous_save(desk, 'a rank of a process group', where=device(desk).type)
+
+def free_port()->int:
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+@contextmanager
+def one_rank():
+    "What torchrun tells a rank, for this process"
+    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1',
+            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    os.environ.update(told)
+    try: yield
+    finally:
+        stop_ranks()
+        for name in told: os.environ.pop(name)
+
+def asynchronous_save(desk, name:str, where:str):
+    "Two saves: how long the loop stands still, how long they take, and that training meanwhile does not change them"
+    run = trainer(desk, WIDE if desk.gpu else MINI, where=where, recompute='linear', prefetch=2)
+    loop.train_step(run)
+    for which in ('first', 'second'):
+        wait(desk)
+        before, start = [p.detach().clone() for p in run.model.parameters()], time.perf_counter()
+        loop.save(run)
+        stood = time.perf_counter() - start
+        for _ in range(2): loop.train_step(run)                 # the weights change at once
+        run.saver.wait()
+        took, path = time.perf_counter() - start, list_checkpoints(run.out/'checkpoints')[-1]
+        saved = load_checkpoint(path, parts=('model',))[0]['model']
+        same = all(torch.equal(saved[n], b.cpu()) for (n, _), b in zip(run.model.named_parameters(), before))
+        desk.row('asynchronous save', f'{name}, {which}', same, loop_stood_s=stood, published_s=took,
+                 gb=size_of(path)/1e9, step=path.name)
+    run.batches = None
+    end = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < end: time.sleep(.1)
+    desk.row('reading ahead', f'{name}: the worker process has ended', not multiprocessing.active_children())
+    del run, before; free(desk)
+
+def size_of(folder:Path)->int: return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+
+# --- runs as processes ----------------------------------------------------------------------------
+
+def torchrun(*program)->subprocess.Popen:
+    "One rank started by torchrun; what it prints is read by `finish`"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1',
+               *map(str, program)]
+    env = {**os.environ, 'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo',
+           'TORCHELASTIC_ERROR_FILE': os.devnull}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            errors='replace')
+
+def finish(process, seconds:float)->str:
+    "All that it printed; a run that does not end is killed, and says so"
+    try: return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired: pass
+    for pid in [*children(process.pid), process.pid]: os.kill(pid, signal.SIGKILL)
+    return process.communicate()[0] + f'\nkilled after {seconds:.0f} s'
+
+def children(pid:int)->list[int]:
+    return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+def metrics(out)->list[dict]:
+    path = Path(out)/'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines(True)
+            if line.endswith('}\n')] if path.exists() else []
+
+def write_run(desk, **settings)->tuple[Path, Path]:
+    "A run file, and the folder of its run"
+    config = run_config(desk, SMALL[desk.form], prefetch=2, **settings)
+    path = desk.work/f'{Path(config.out).name}.toml'
+    path.write_text(dump_run(config), encoding='utf-8')
+    return path, Path(config.out)
+
+def stop_in_the_middle(desk, path:Path, out:Path)->str:
+    "Start a run and send its rank SIGUSR1 after some steps"
+    process, end = torchrun('-m', 'llama_nb', 'train', path), time.monotonic() + desk.left()
+    while len(metrics(out)) < 3 and process.poll() is None and time.monotonic() < end: time.sleep(.01)
+    if process.poll() is None:
+        for rank in children(process.pid): os.kill(rank, signal.SIGUSR1)
+    return finish(process, desk.left())
+
+def what_came(out:Path)->tuple:
+    "Losses of all steps, and every tensor of the last checkpoint"
+    rows = [(m['step'], m['loss'], m['grad_norm'], m['lr']) for m in metrics(out)]
+    tensors = load_checkpoint(list_checkpoints(out/'checkpoints')[-1])[0]
+    return rows, {f'{part}/{name}': t for part, named in tensors.items() for name, t in named.items()}
+
+def equal(a:tuple, b:tuple)->bool:
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], t) for n,
+                                                               t in b[1].items())
+
+def resumes(desk, name:str, repeats:bool=False, **settings):
+    "A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if two of those do"
+    settings = {'steps': 400 if desk.gpu else 40, **settings}
+    whole = write_run(desk, **settings)
+    train = lambda path: finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
+    said = train(whole[0])
+    if not list_checkpoints(whole[1]/'checkpoints'):
+        desk.row('resumed bit for bit', name, False, why=said[-300:])
+        return
+    twice = True
+    if repeats:
+        again = write_run(desk, **settings)
+        train(again[0])
+        twice = equal(what_came(again[1]), what_came(whole[1]))
+    path, out = write_run(desk, **settings)
+    stopped = re.search(r'stopped after step (\d+)', stop_in_the_middle(desk, path, out))
+    train(path)
+    same = equal(what_came(out), what_came(whole[1]))
+    desk.row('resumed bit for bit', name, bool(stopped) and same if twice else None,
+             stopped_after=stopped and int(stopped[1]), of=settings['steps'], same=same,
+             undisturbed_runs_repeat=twice if repeats else None)
+
+def raises(desk):
+    "A step that raises: the traceback is shown and the rank ends (C6)"
+    path, _ = write_run(desk, steps=40)
+    start = time.perf_counter()
+    process = torchrun(HERE/'gpu_runs.py', path)
+    said = finish(process, min(desk.left(), 90))
+    shown = 'Traceback' in said and 'broken on purpose' in said
+    desk.row('a rank that raises', 'in its third step', shown and process.returncode not in (0, -9),
+             traceback_shown=shown, exit_code=process.returncode,
+             seconds=time.perf_counter() - start)
+    desk.skip('two ranks, one of which raises', 'NCCL takes one rank per GPU; the tests do it with gloo')
+
+def broken_run(path:str):
+    "The command line with a third step that raises"
+    from llama_nb.cli import program
+    whole, calls = loop.train_step, []
+    def train_step(run):
+        calls.append(1)
+        if len(calls) == 3: raise KeyError('broken on purpose')
+        return whole(run)
+    loop.train_step, sys.argv = train_step, ['llama-nb', 'train', path]
+    program()
+
+# --- document masking -----------------------------------------------------------------------------
+
+def documents(desk):
+    "Tokens per second with and without document masking, each backend, eager and compiled; all take turns"
+    runs, count = {}, 5 if desk.gpu else 1
+    names = backends(desk, 'sdpa', 'xformers', k=(WIDE if desk.gpu else MINI).head_dim)
+    cases = [(b, 'off') for b in names] + [(names[-1], 'blocks')]*desk.gpu
+    for (backend, compiled), packing in itertools.product(cases, DOCUMENTS):
+        run = open_run(desk, backend, compiled, packing, count)
+        if run: runs[backend, compiled, packing] = run
+    seconds = {key: [] for key in runs}
+    for _ in range(12 if desk.gpu else 1):
+        if desk.left() < 15: break
+        for key, run in runs.items(): seconds[key].append(timed(desk, run, count)/count)
+    for key, run in runs.items(): report(desk, key, run, seconds)
+    for run in runs.values(): run.batches = None
+    if not desk.gpu: desk.skip('compiled blocks', 'minutes of compiling on a CPU')
+
+def open_run(desk, backend:str, compiled:str, packing:str, count:int):
+    "A run that has made its first steps; None if it cannot, with a row that says why"
+    name = f'{backend}, {packing}' + ', compiled'*(compiled != 'off')
+    try:
+        run = trainer(desk, WIDE if desk.gpu else MINI, batch=8, micro=4, documents=packing,
+                      attention=backend, compile=compiled, recompute='linear')
+        timed(desk, run, count)
+        return run
+    except Exception as e: desk.row('document masking', name, False, why=first_line(e))
+
+def timed(desk, run, count:int)->float:
+    wait(desk); start = time.perf_counter()
+    for _ in range(count): loop.train_step(run)
+    wait(desk)
+    return time.perf_counter() - start
+
+def report(desk, key:tuple, run, seconds:dict):
+    backend, compiled, packing = key
+    if not seconds[key]: return
+    data, median = run.config.data, statistics.median(seconds[key])
+    shards, plain = TokenShards(data.train), seconds.get((backend, compiled, 'cross'))
+    desk.row('document masking', f'{backend}, {packing}' + ', compiled'*(compiled != 'off'),
+             tokens_per_second=data.batch_size*data.seq_len/median,
+             of_cross=statistics.median(plain)/median if plain else None,
+             tokens_a_document=shards.n_tokens/shards.n_documents, steps=len(seconds[key]))
+
+if __name__ == '__main__': broken_run(sys.argv[1])

@@ -1,0 +1,361 @@
+"""Parts of gpu.py: training steps beside transformers, and where their time goes.
+
+All contestants share one set of weights, gradients and optimiser states: transformers' LlamaForCausalLM is given our parameters
+under its own names. So both sides have the same precision and the same AdamW, a model of 100 GB of states is in memory once,
+and the contestants can take turns step by step.
+"""
+import statistics, time
+from dataclasses import dataclass, replace
+from collections import Counter
+import torch
+from torch import nn
+from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from llama_nb.core import UserError
+from llama_nb.model.attention import pick_backend
+from llama_nb.model.transformer import LLaMA
+from llama_nb.scale.flops import device_peak, hfu, measure_matmul_peak, mfu, model_products
+from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
+from llama_nb.train.recompute import apply_recompute
+from llama_nb.train.trainer import accumulate
+from gpu_parts import backends, bare_model, device, first_line, formula_bytes, free, wait
+
+GOALS = {'1.3B': .55, '7B': .50}                                 # MFU; and 1.25 times transformers
+FASTER = 1.25
+
+@dataclass(frozen=True)
+class Contestant:
+    code:str                # llama_nb or transformers
+    recompute:str='none'    # of transformers: none, or full for its gradient checkpointing
+    compiled:str=''         # '', blocks or whole
+    micro:int=4             # sequences in one forward and backward pass
+    attention:str='auto'
+    @property
+    def name(self):
+        words = [self.code, self.attention, f'recompute {self.recompute}'*(self.recompute != 'none'),
+                 f'compiled ({self.compiled})'*bool(self.compiled)]
+        return ', '.join(w for w in [*words, f'{self.micro} at a time'] if w)
+
+# --- two codes, one set of parameters -------------------------------------------------------------
+
+THEIRS = {'attention.wq': 'self_attn.q_proj', 'attention.wk': 'self_attn.k_proj',
+          'attention.wv': 'self_attn.v_proj', 'attention.wo': 'self_attn.o_proj',
+          'feed_forward.w1': 'mlp.gate_proj', 'feed_forward.w3': 'mlp.up_proj', 'feed_forward.w2': 'mlp.down_proj',
+          'attention_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
+
+def their_name(name:str)->str: # 'layers.3.attention.wq.weight' -> 'model.layers.3.self_attn.q_proj.weight'
+    "What transformers calls a parameter of ours"
+    if name.startswith('layers.'):
+        _, i, rest = name.split('.', 2)
+        return f'model.layers.{i}.{THEIRS[rest.removesuffix(".weight")]}.weight'
+    return {'tok_embeddings.weight': 'model.embed_tokens.weight', 'norm.weight': 'model.norm.weight',
+            'output.weight': 'lm_head.weight'}[name]
+
+def adopt(model:nn.Module, parameters:dict[str,nn.Parameter]):
+    "Put `parameters` in the place of those that `model` has; all of them, and of the same shapes"
+    own = {n: p.shape for n, p in model.named_parameters()}
+    assert own == {n: p.shape for n, p in parameters.items()}
+    for name, p in parameters.items():
+        place, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(place), leaf, p)
+
+def ours(base:LLaMA, who:Contestant, dtype):
+    "A function that goes forward and backward through a batch and returns the mean loss"
+    with torch.device('meta'): model = LLaMA(base.config)
+    adopt(model, dict(base.named_parameters()))
+    # tried before anything is compiled
+    pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)
+    for layer in model.layers: layer.attention.backend = who.attention
+    apply_recompute(model, who.recompute)
+    for layer in model.layers if who.compiled else (): layer.compile(fullgraph=True)
+    return lambda x, y: accumulate(model, x, y, who.micro, dtype)
+
+def theirs(base:LLaMA, who:Contestant, dtype):
+    "The same for transformers"
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    c, where = base.config, base.norm.weight.device
+    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
+                         num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, rms_norm_eps=c.norm_eps,
+                         max_position_embeddings=c.max_seq_len, tie_word_embeddings=False, use_cache=False,
+                         attn_implementation=who.attention)
+    with torch.device('meta'): model = LlamaForCausalLM(config)
+    with where: model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    adopt(model, {their_name(n): p for n, p in base.named_parameters()})
+    assert all(t.device == where for t in (*model.parameters(), *model.buffers()))
+    model.train()
+    if who.recompute == 'full': model.gradient_checkpointing_enable({'use_reentrant': False})
+    for layer in model.model.layers if who.compiled == 'blocks' else (): layer.compile()
+    if who.compiled == 'whole': model.compile()
+    return lambda x, y: their_pass(model, x, y, who.micro, dtype)
+
+def their_pass(model, inputs, targets, micro:int, dtype):
+    total = 0.
+    for x, y in zip(inputs.split(micro), targets.split(micro)):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32): logits = model(x).logits
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
+                                           reduction='sum')/targets.numel()
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+def compute_type(desk)->torch.dtype: return torch.bfloat16 if desk.gpu else torch.float32
+
+# --- a contest ------------------------------------------------------------------------------------
+
+class Contest:
+    "Contestants who take turns at training the same weights"
+    def __init__(self, desk, table:str, config:ModelConfig, batch:int):
+        self.desk, self.table, self.config, self.batch = desk, table, config, batch
+        self.dtype = compute_type(desk)
+        # each contestant is a version of the same code
+        torch._dynamo.config.recompile_limit = 64
+        self.base = bare_model(desk, config, 'auto', 'none')
+        self.optimizer = make_optimizer(self.base, OptimConfig())
+        set_lr(self.optimizer, 1e-5)
+        self.generator, self.passes, self.seconds, self.facts = torch.Generator().manual_seed(0), {}, {}, {}
+        self.peak = peak_of(desk, config, batch, self.dtype)
+
+    def step(self, who:Contestant):
+        "One optimiser step of a contestant; the loss"
+        rows = torch.randint(self.config.vocab_size, (self.batch, self.config.max_seq_len + 1),
+                             generator=self.generator).to(self.base.norm.weight.device)
+        loss = self.passes[who](rows[:, :-1], rows[:, 1:])
+        clip_grad_norm(self.base.parameters(), 1.)
+        self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def timed(self, who:Contestant):
+        wait(self.desk); start = time.perf_counter()
+        loss = self.step(who)
+        wait(self.desk)
+        self.seconds[who].append(time.perf_counter() - start)
+        self.facts[who]['loss'] = loss.item()
+
+    def enter(self, who:Contestant, warm_up:int=3, alone:int=3):
+        "Warm a contestant up, note its peak of memory, time some steps of it alone; one that fails leaves a row that says how"
+        free(self.desk)
+        begun = time.perf_counter()
+        try:
+            self.passes[who] = (ours if who.code == 'llama_nb' else theirs)(self.base, who, self.dtype)
+            for _ in range(warm_up): self.step(who)
+            self.facts[who], self.seconds[who] = {'warm_up_s': time.perf_counter() - begun,
+                                                  'peak_gb': self.peak_gb(who)}, []
+            for _ in range(alone): self.timed(who)
+        except Exception as e: self.leave(who, e); return
+        self.report(who)
+
+    def leave(self, who:Contestant, error:Exception):
+        for kept in (self.passes, self.seconds, self.facts): kept.pop(who, None)
+        self.optimizer.zero_grad(set_to_none=True)
+        memory = isinstance(error, torch.cuda.OutOfMemoryError)
+        self.desk.row(self.table, who.name, None if memory else False, why='out of memory' if memory
+                      else first_line(error))
+        error.__traceback__ = None                               # it holds on to tensors
+        free(self.desk)
+
+    def peak_gb(self, who:Contestant)->float|None:
+        if not self.desk.gpu: return None
+        torch.cuda.reset_peak_memory_stats()
+        self.step(who); wait(self.desk)
+        return torch.cuda.max_memory_allocated()/1e9
+
+    def turns(self, rounds:int, reserve:float=20):
+        "The contestants take turns while there is time; then their rows say medians of these rounds alone"
+        alone, self.seconds = self.seconds, {who: [] for who in self.seconds}
+        for _ in range(rounds):
+            if self.desk.left() < reserve: break
+            for who in self.seconds: self.timed(who)
+        turned = any(self.seconds.values())
+        if not turned: self.seconds = alone
+        for who in self.seconds: self.report(who, 'taking turns' if turned else 'alone')
+
+    def report(self, who:Contestant, how:str='alone'):
+        c, t = self.config, self.config.max_seq_len
+        median = statistics.median(self.seconds[who])
+        rate, memory = self.batch*t/median, formula_gb(c, who, self.batch)
+        base = [s for other, s in self.seconds.items() if other.code == 'transformers'
+                and bool(other.compiled) == bool(who.compiled) and s]
+        hardware = None if who.recompute == 'budget' or who.code != 'llama_nb' else hfu(rate, c, t, self.peak,
+            who.recompute).share
+        facts = {**self.facts[who], 'formula_gb': memory}
+        self.desk.row(self.table, who.name, tokens_per_second=rate, mfu=mfu(rate, c, t, self.peak).share,
+                      hfu=hardware, median_ms=1000*median,
+                      of_transformers=min(map(statistics.median, base))/median if base else None, **facts,
+                      steps=len(self.seconds[who]), how=how)
+
+    def best(self, code:str)->float|None: # seconds
+        return min((statistics.median(s) for who, s in self.seconds.items() if who.code == code and s),
+                   default=None)
+
+def peak_of(desk, config:ModelConfig, batch:int, dtype):
+    "Published for a GPU that is known; else measured"
+    kind = str(dtype).removeprefix('torch.')
+    try: return device_peak(torch.cuda.get_device_name(), kind)
+    except (UserError, RuntimeError, AssertionError): pass
+    one = ModelConfig(config.dim, 1, config.n_heads, vocab_size=config.vocab_size,
+                      multiple_of=config.multiple_of)
+    return measure_matmul_peak(model_products(one, batch*config.max_seq_len), dtype, device(desk).type,
+                               turns=3)
+
+def formula_gb(c:ModelConfig, who:Contestant, batch:int)->float|None:
+    "What the package says that this takes, in eager blocks"
+    if who.code != 'llama_nb': return None
+    train = TrainConfig(steps=100, micro_batch_size=who.micro, dtype='bfloat16', recompute=who.recompute,
+                        compile='blocks' if who.recompute == 'budget' else 'off')
+    size = formula_bytes(RunConfig('-', c, DataConfig('-', seq_len=c.max_seq_len, batch_size=batch), train,
+                                   OptimConfig(warmup_steps=1)))
+    return size and size/1e9
+
+def goals(desk, contest:Contest, size:str):
+    "What is aimed at, beside what came; nothing is asserted"
+    tokens, mine, them = contest.batch*contest.config.max_seq_len, contest.best('llama_nb'), contest.best('transformers')
+    if mine is None: return
+    got = mfu(tokens/mine, contest.config, contest.config.max_seq_len, contest.peak)
+    desk.row('goals', f'MFU at {size}', goal=GOALS.get(size), got=got.share, counted=str(got))
+    desk.row('goals', f'of transformers at {size}, the best of each', goal=FASTER, got=them and them/mine)
+
+# --- the parts ------------------------------------------------------------------------------------
+
+ONE_B = ModelConfig(2048, 24, 16)
+MINI = ModelConfig(64, 2, 2, vocab_size=512, multiple_of=32, max_seq_len=64)
+
+def flash()->list[str]:
+    "Attention implementations of transformers that can run: sdpa, and flash-attn if its package is here"
+    import importlib.util
+    return ['sdpa', *['flash_attention_2']*(importlib.util.find_spec('flash_attn') is not None)]
+
+def transformers_here(desk)->bool:
+    import importlib.util
+    here = importlib.util.find_spec('transformers') is not None
+    if not here: desk.skip('transformers', 'not installed')
+    return here
+
+def step(desk):
+    "1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside transformers"
+    names, micro = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)), 4
+    contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', ONE_B if desk.gpu else MINI, 8)
+    def mine(mode, compiled='', attention=names[-1]): return Contestant('llama_nb', mode, compiled, micro, attention)
+    them = [Contestant('transformers', 'none', '', micro, kind) for kind in flash()]*transformers_here(desk)
+    eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'manual', 'full'))]
+    compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]), mine('none', 'blocks'),
+                *(mine('linear', 'blocks', other) for other in names[:-1]), mine('full', 'blocks'), mine('budget', 'blocks')]
+    if not desk.gpu: desk.skip('compiled contestants', 'minutes of compiling on a CPU')
+    enter_all(desk, contest, eager + compiled*desk.gpu, 100)
+    contest.turns(10 if desk.gpu else 2)
+    goals(desk, contest, '1.3B' if desk.gpu else 'toy')
+    whole = [replace(who, compiled='whole') for who in them[:1]]    # compiles for minutes, so last
+    enter_all(desk, contest, whole*desk.gpu, 60)
+    if desk.gpu: contest.turns(10)
+
+def enter_all(desk, contest:Contest, all_of_them:list[Contestant], reserve:float, n:int=3):
+    "Each contestant enters while more than `reserve` seconds are left: `n` steps to warm up, `n` alone"
+    if not desk.gpu: n = 1
+    for who in all_of_them:
+        if desk.gpu and desk.left() < reserve: desk.skip(who.name, 'no time left')
+        else: contest.enter(who, n, n)
+
+SPARE = 4e9         # CUDA itself, the loss, one layer's weights in bfloat16, the products' work space
+
+def fitting_layers(memory:float, wanted:int=32, tokens:int=2048)->int:
+    "As many layers of 7B as fit into `memory` bytes: states, weights once more in bfloat16, what transformers keeps of a sequence"
+    def need(n):
+        c = ModelConfig(4096, n, 32)
+        return 18*c.n_params + n*tokens*200_000 + SPARE
+    return max((n for n in range(1, wanted + 1) if need(n) <= memory), default=0)
+
+def step_7B(desk):
+    "The widths of 7B with float32 weights and AdamW: all 32 layers where memory allows"
+    if not desk.gpu: desk.skip('7B', 'no GPU'); return
+    memory = torch.cuda.mem_get_info()[0]
+    layers = fitting_layers(memory)
+    if layers < 2: desk.skip('7B', f'{memory/1e9:.0f} GB do not hold two layers of it'); return
+    size = '7B' if layers == 32 else f'{layers} of the 32 layers of 7B'
+    contest = Contest(desk, f'16 x 2,048 tokens, {size}', ModelConfig(4096, layers, 32), 16)
+    attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
+    them = [Contestant('transformers', *how, 'sdpa') for how in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
+    mine = [Contestant('llama_nb', *how, attention) for how in (('linear', 'blocks', 2), ('linear', 'blocks', 1), ('full', 'blocks', 4))]
+    enter_all(desk, contest, [mine[0], *them*transformers_here(desk), *mine[1:]], 60, 2)
+    contest.turns(5)
+    goals(desk, contest, size)
+
+# --- where the time goes --------------------------------------------------------------------------
+
+KINDS = (('optimiser and clipping', ('adam', 'multi_tensor', 'foreach', 'lpnorm')),          # the first that fits counts
+         ('attention', ('flash', 'fmha', 'attention', 'cutlassf', 'cutlassb')),
+         ('matrix multiplications', ('gemm', 'nvjet', 'cublas', 'xmma', 'wgmma', 'cutlass', 'aten::mm',
+                                     'aten::addmm', 'aten::bmm')),
+         ('copies', ('memcpy', 'memset')),
+         ('fused by the compiler', ('triton',)))
+
+def kind_of(kernel:str)->str:
+    "What a kernel is for, from its name"
+    name = kernel.lower()
+    return next((kind for kind, words in KINDS if any(w in name for w in words)),
+                'elementwise, sums, indexing')
+
+def kernels(p)->Counter:
+    "Microseconds of each kernel in a profile; on a CPU of each operator by itself"
+    found = Counter()
+    # spans that a profile draws over kernels
+    marks = ('ProfilerStep', 'Optimizer.', 'Torch-Compiled', '## Call', 'step')
+    for e in p.events():
+        on_gpu = e.device_type == torch.autograd.DeviceType.CUDA
+        if on_gpu and not getattr(e, 'is_user_annotation', False) and not e.name.startswith(marks):
+            found[e.name] += e.time_range.elapsed_us()
+    return found or Counter({e.key: e.self_cpu_time_total for e in p.key_averages()
+                             if e.self_cpu_time_total > 0})
+
+def profile(desk):
+    "Two steps of ours under the profiler: shares by kind of kernel, and the longest ones"
+    from torch.profiler import ProfilerActivity, profile as record
+    config = ModelConfig(2048, 8, 16) if desk.gpu else MINI
+    contest = Contest(desk, 'the step that was looked at', config, 8)
+    attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
+    for compiled in ('', 'blocks') if desk.gpu else ('',):
+        who = Contestant('llama_nb', 'linear', compiled, 4, attention)
+        contest.enter(who, 3 if desk.gpu else 1, 3 if desk.gpu else 1)
+        if who not in contest.passes: continue
+        with record(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA]*desk.gpu]) as p:
+            for _ in range(2): contest.step(who)
+            wait(desk)
+        shares(desk, who, kernels(p), 2*statistics.median(contest.seconds[who]))
+        loss_share(desk, contest, who)
+        keep_trace(desk, p, f'trace{"-compiled"*bool(compiled)}.json.gz')
+
+def shares(desk, who:Contestant, found:Counter, seconds:float):
+    total, kinds = sum(found.values()), Counter()
+    for name, us in found.items(): kinds[kind_of(name)] += us
+    for kind, us in kinds.most_common():
+        desk.row(f'shares, {who.name}', kind, share=us/total, ms_a_step=us/2000)
+    desk.row(f'shares, {who.name}', 'all kernels, and their share of the time that the step takes',
+             share=total/1e6/seconds, ms_a_step=total/2000)
+    for name, us in found.most_common(15):
+        desk.row(f'longest kernels, {who.name}', name[:110], kind=kind_of(name), share=us/total,
+                 ms_a_step=us/2000)
+
+def loss_share(desk, contest:Contest, who:Contestant):
+    "The loss by itself, forward and backward, at the same size: its share of the step"
+    from llama_nb.train.loss import chunked_loss_sum
+    c, weight = contest.config, contest.base.output.weight
+    hidden = torch.randn(who.micro, c.max_seq_len, c.dim, device=weight.device, dtype=contest.dtype,
+                         requires_grad=True)
+    targets, took = torch.randint(c.vocab_size, hidden.shape[:2], device=weight.device), []
+    for _ in range(4):
+        wait(desk); start = time.perf_counter()
+        chunked_loss_sum(hidden, weight, targets).backward()
+        wait(desk); took.append(time.perf_counter() - start)
+    contest.optimizer.zero_grad(set_to_none=True)
+    ms = 1000*statistics.median(took[1:])*contest.batch/who.micro
+    desk.row(f'shares, {who.name}', 'of that the loss, measured by itself',
+             share=ms/1000/statistics.median(contest.seconds[who]), ms_a_step=ms)
+
+def keep_trace(desk, p, name:str):
+    "The trace for chrome://tracing or perfetto, if it is small when packed"
+    import gzip
+    desk.out.mkdir(exist_ok=True)
+    plain = desk.work/'trace.json'
+    p.export_chrome_trace(str(plain))
+    packed = gzip.compress(plain.read_bytes())
+    plain.unlink()
+    if len(packed) < 700_000: (desk.out/name).write_bytes(packed)
+    else: desk.skip(name, f'{len(packed)/1e6:.1f} MB are too many to keep')

@@ -1,0 +1,215 @@
+"The GPU kit on a machine without a GPU: its miniature, and parts that are broken on purpose. What it shows of a GPU needs one."
+import json, subprocess, sys, time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest, torch
+
+KIT = Path(__file__).resolve().parent.parent/'benchmarks'
+sys.path.insert(0, str(KIT))
+import gpu, gpu_step
+from gpu import PARTS, Part, Results, cell, run_parts
+from llama_nb.config import ModelConfig
+
+pytestmark = pytest.mark.timeout(900)                            # the miniature is made by whoever asks first
+HALVES = [('environment', 'tests', 'graphs', 'sync', 'memory', 'documents'),
+          ('parity', 'step', 'step_7B', 'profile', 'nccl')]
+
+# --- the miniature --------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def miniature(tmp_path_factory):
+    "All parts in the CPU form, one half beside the other, put together afterwards: part -> its record; and the tables"
+    folder = tmp_path_factory.mktemp('gpu')
+    assert sorted(sum(HALVES, ())) == sorted(PARTS)
+    def kit(*args):
+        return subprocess.run([sys.executable, str(KIT/'gpu.py'), *map(str, args)], capture_output=True,
+                              text=True, timeout=840)
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda i: kit('--form', 'cpu', '--out', folder/str(i), '--parts', *HALVES[i]),
+                             range(2)))
+    for d in done: assert 'results.md' in d.stdout, d.stdout + d.stderr
+    merged = kit('--out', folder/'all', '--merge', *(next((folder/str(i)).iterdir()) for i in range(2)))
+    where = Path(merged.stdout.strip())
+    return json.loads((where/'results.json').read_text())['parts'], (where/'results.md').read_text()
+
+def rows(part, table): return {r['name']: r for r in part['rows'] if r['table'] == table}
+
+@pytest.mark.parametrize('name', PARTS)
+def test_a_part_in_miniature(miniature, name):
+    part = miniature[0][name]
+    assert part['status'] == 'done', [r for r in part['rows'] if r['ok'] is False] or part['tail']
+    assert part['rows'] and f'## {name}' in miniature[1]
+
+LEFT_OUT = {'environment': 'xformers beside a torch for CUDA 13', 'tests': 'gpu_cuda', 'graphs': 'Inductor',
+            'sync': 'host synchronisation', 'step_7B': '7B', 'nccl': 'a second device by its number',
+            'documents': 'compiled blocks'}
+
+@pytest.mark.parametrize('name', LEFT_OUT)
+def test_what_was_skipped_is_said(miniature, name):
+    found = [r for n, r in rows(miniature[0][name], 'skipped').items() if LEFT_OUT[name] in n]
+    assert found and found[0]['why'] and 'No GPU' in miniature[1]
+
+def test_bytes_that_blocks_keep(miniature):
+    "Section 2.4: linear outputs are 14d + 4f bytes in bfloat16; the miniature counts those of the CPU's allocator"
+    kept = rows(miniature[0]['memory'], 'bytes that a block keeps for a token')
+    none, linear, full = (kept[f'sdpa, {mode}'] for mode in ('none', 'linear', 'full'))
+    assert abs(linear['ratio'] - 1) < .1 and none['kept'] > linear['kept'] > full['kept']
+
+def test_a_contest_of_one_set_of_weights(miniature):
+    "Both codes take part; tokens are drawn at random, so all losses stay near ln 512 = 6.24"
+    contest = rows(miniature[0]['step'], 'toy')
+    assert {name.split(',')[0] for name in contest} == {'llama_nb', 'transformers'}
+    for r in contest.values(): assert r['tokens_per_second'] > 0 and 6 < r['loss'] < 6.5
+
+def test_stopped_in_the_middle(miniature):
+    assert rows(miniature[0]['nccl'], 'resumed bit for bit')['plain attention']['stopped_after'] < 40
+
+def test_the_batch_has_borders(miniature):
+    losses = rows(miniature[0]['parity'], 'the batch has borders of documents')['loss']
+    assert losses['cross'] != losses['separate']
+
+# --- parts that are broken on purpose -------------------------------------------------------------
+
+BROKEN = '''
+import os, signal, subprocess, sys, time
+def raises(desk): desk.row('t', 'before', True); raise KeyError('on purpose')
+def hangs(desk):
+    desk.row('t', 'before', True)
+    print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)
+    time.sleep(600)
+def killed(desk): os.kill(os.getpid(), signal.SIGKILL)
+def wrong(desk): desk.row('t', 'a number', False); desk.row('t', 'a number', False, twice=2)
+def fine(desk): print('a bar', end=''); desk.row('t', 'a number', True, x=1.5); desk.skip('much', 'no GPU')
+'''
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    "Run parts of a module of broken ones: (all fine?, their records)"
+    (tmp_path/'broken.py').write_text(BROKEN)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    about = {'device': 'test', 'form': 'cpu', 'torch': '0', 'cuda': None, 'python': '3', 'cores': 1,
+             'date': 'today'}
+    def run(*names, seconds=20., **settings):
+        results = Results(tmp_path/'out', about)
+        fine = run_parts({n: Part('', seconds, f'broken:{n}') for n in names}, results, 'cpu', tmp_path,
+                         **settings)
+        path = tmp_path/'out'/'results.json'
+        return fine, json.loads(path.read_text())['parts'] if path.exists() else {}
+    return run
+
+def test_a_broken_part_is_recorded_and_the_next_goes_on(bench, tmp_path):
+    fine, parts = bench('raises', 'killed', 'wrong', 'fine')
+    found = [parts[n]['status'] for n in parts]
+    assert not fine and found == ['failed with exit code 1', 'killed by signal 9', 'problems', 'done']
+    assert "KeyError: 'on purpose'" in parts['raises']['tail'] and parts['raises']['rows'][0]['name'] == 'before'
+    assert len(parts['wrong']['rows']) == 1 and parts['wrong']['rows'][0]['twice'] == 2
+    text = (tmp_path/'out'/'results.md').read_text()
+    assert 'on purpose' in text and '| wrong | problems | a number |' in text and '1.5' in text
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(bench):
+    fine, parts = bench('hangs', 'fine', seconds=4.)
+    assert not fine and parts['hangs']['status'].startswith('over its limit') and parts['fine']['status'] == 'done'
+    child = int(next(line for line in parts['hangs']['tail'] if line.startswith('child')).split()[1])
+    assert not Path(f'/proc/{child}').exists() or 'Z' in Path(f'/proc/{child}/stat').read_text().split()[2]
+
+def test_it_goes_on_where_it_was_stopped(bench, tmp_path):
+    "A part that is done stays; one that was under way when everything was killed, or had a problem, is run again"
+    bench('fine', 'wrong')
+    path = tmp_path/'out'/'results.json'
+    data = json.loads(path.read_text())
+    data['parts']['fine']['rows'][0]['x'] = 'from the first call'
+    data['parts']['raises'] = {'status': 'running', 'rows': []}
+    path.write_text(json.dumps(data))
+    _, parts = bench('fine', 'wrong', 'raises')
+    assert parts['fine']['rows'][0]['x'] == 'from the first call' and parts['wrong']['status'] == 'problems'
+    assert parts['raises']['status'].startswith('failed')
+    _, parts = bench('fine', again=True)
+    # the others' records stay
+    assert parts['fine']['rows'][0]['x'] == 1.5 and 'wrong' in parts
+
+def test_stopped_by_a_signal(tmp_path):
+    "Ctrl-C ends the part, keeps the rows, and says how to go on; nothing is left in the temporary folder"
+    temporary = tmp_path/'tmp'
+    temporary.mkdir()
+    command = [sys.executable, str(KIT/'gpu.py'), '--form', 'cpu', '--out', str(tmp_path/'out'), '--parts', 'sync']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env={**gpu.os.environ, 'TMPDIR': str(temporary)})
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith('sync:'): break
+    time.sleep(1)                                                    # it is on its way
+    process.send_signal(gpu.signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and 'stopped; the same command goes on' in rest, seen + [rest]
+    record = json.loads(next((tmp_path/'out').iterdir()).joinpath('results.json').read_text())['parts']['sync']
+    assert record['status'] == 'stopped' and not list(temporary.glob('llama_nb_gpu_*'))
+
+def test_time_that_is_given_is_kept(bench):
+    begun = time.monotonic()
+    fine, parts = bench('fine', 'hangs', seconds=100., minutes=.05)
+    assert not fine and not parts and time.monotonic() - begun < 60
+
+def test_limits_fit_into_half_an_hour():
+    assert sum(p.seconds for p in PARTS.values()) <= 1800 and max(p.seconds for p in PARTS.values()) <= 600
+
+# --- what is computed, not measured ---------------------------------------------------------------
+
+def test_folder_of_a_device():
+    assert gpu.folder_name('NVIDIA H100 80GB HBM3') == 'NVIDIA-H100-80GB-HBM3'
+
+def test_layers_of_7B_that_fit():
+    "An H200 of 141 GB holds all of 7B with its float32 states (16 bytes for each of 6.74e9 parameters), an H100 of 80 GB does not"
+    assert gpu_step.fitting_layers(150e9) == 32 and 12 < gpu_step.fitting_layers(84e9) < 20 and gpu_step.fitting_layers(8e9) == 0
+
+KERNELS = {
+    'nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT': 'matrix multiplications',
+    'sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64': 'matrix multiplications',
+    'void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>': 'attention',
+    'fmha_cutlassF_bf16_aligned_64x128_rf_sm80': 'attention',
+    'void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>': 'optimiser and clipping',
+    'triton_poi_fused_mul_silu_3': 'fused by the compiler',
+    'void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor<float>>': 'elementwise, sums, indexing',
+    'Memcpy DtoD (Device -> Device)': 'copies'}
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_kinds_of_kernels(kernel): assert gpu_step.kind_of(kernel) == KERNELS[kernel]
+
+def test_transformers_with_our_parameters_is_our_model():
+    "Rotary pairs: side by side in ours, halves apart in theirs. With the rows of wq and wk in their order, the same loss and gradient"
+    c = ModelConfig(64, 2, 2, vocab_size=128, multiple_of=32, max_seq_len=32)
+    torch.manual_seed(0)
+    base = gpu_step.LLaMA(c)
+    for p in base.parameters(): p.data.mul_(5 if p.ndim > 1 else 1)
+    x, y = torch.randint(128, (4, 32)), torch.randint(128, (4, 32))
+    mine, them = (gpu_step.Contestant(code, attention='sdpa', micro=2) for code in ('llama_nb', 'transformers'))
+    loss = gpu_step.ours(base, mine, torch.float32)(x, y)
+    gradient = base.layers[0].feed_forward.w1.weight.grad.clone()
+    base.zero_grad()
+    for layer in base.layers:
+        for w in (layer.attention.wq, layer.attention.wk):
+            w.weight.data.copy_(w.weight.data.view(2, 16, 2, 64).transpose(1, 2).reshape(64, 64))
+    other = gpu_step.theirs(base, them, torch.float32)(x, y)
+    assert loss.item() == pytest.approx(other.item(), rel=1e-5) and len(list(base.parameters())) == 21
+    # float32, sums in another order
+    torch.testing.assert_close(base.layers[0].feed_forward.w1.weight.grad, gradient, rtol=1e-3, atol=1e-6)
+
+def test_numbers_in_cells():
+    values = (None, True, False, 0., .00123, 12345.6, 'a|b')
+    assert [cell(x) for x in values] == ['', 'yes', '**no**', '0', '0.00123', '12,346', 'a/b']
+
+def test_a_profile_counts_kernels_not_spans():
+    "On a GPU the profiler draws the user's spans over the kernels; a made-up profile of both"
+    class Event:
+        def __init__(self, name, us, span=False):
+            self.name, self.is_user_annotation, self.device_type = name, span, torch.autograd.DeviceType.CUDA
+            self.us = us
+        @property
+        def time_range(self): return self
+        def elapsed_us(self): return self.us
+    class Profile:
+        def events(self):
+            return [Event('gemm', 5), Event('gemm', 7), Event('Optimizer.step#AdamW.step', 100),
+                    Event('my span', 100, True)]
+    assert gpu_step.kernels(Profile()) == Counter({'gemm': 12})
