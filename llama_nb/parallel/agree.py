@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from ..core import UserError
+from ..core import TemporaryError, UserError, is_temporary
 from .mesh import rank_and_size
 
 # %% ../../nbs/53_parallel.agree.ipynb #everywhere
@@ -22,7 +22,7 @@ def first_error(found:list[str|None] # what each rank has to report; None where 
 
 def everywhere(action:Callable # called without arguments, on every rank
               ):               # what it returned on this rank
-    "Do something on all ranks. If it raises `UserError` or `OSError` on any, all ranks raise the first of them as `UserError`"
+    "Do something on all ranks. If it raises `UserError` or `OSError` on any, all ranks raise the first of them as `UserError`, a `TemporaryError` if one may pass"
     result = error = None
     try: result = action()
     except (UserError, OSError) as e: error = e
@@ -31,22 +31,25 @@ def everywhere(action:Callable # called without arguments, on every rank
         if error: raise error
         return result
     found = [None]*size
-    dist.all_gather_object(found, None if error is None else str(error))
-    if text := first_error(found): raise UserError(text) from error
+    dist.all_gather_object(found, (None if error is None else str(error), is_temporary(error)))
+    texts, passing = zip(*found)
+    if text := first_error(list(texts)): raise _as_error(text, any(passing)) from error
     return result
+
+def _as_error(text:str, passing:bool)->UserError: return (TemporaryError if passing else UserError)(text)
 
 # %% ../../nbs/53_parallel.agree.ipynb #from-main
 def from_main(action:Callable # called without arguments, on rank 0 only; returns something small that pickle can hold
              ):               # what it returned there
-    "Do something on rank 0 and tell all. If it raises `UserError` or `OSError`, all ranks raise it as `UserError`"
+    "Do something on rank 0 and tell all. If it raises `UserError` or `OSError`, all ranks raise it as `UserError`, a `TemporaryError` if it may pass"
     rank, size = rank_and_size()
     if size == 1: return action()
     told = [None, None]
     if rank == 0:
         try: told[0] = action()
-        except (UserError, OSError) as e: told[1] = str(e)
+        except (UserError, OSError) as e: told[1] = str(e), is_temporary(e)
     dist.broadcast_object_list(told, src=0)
-    if told[1] is not None: raise UserError(told[1])
+    if told[1] is not None: raise _as_error(*told[1])
     return told[0]
 
 # %% ../../nbs/53_parallel.agree.ipynb #total
