@@ -252,10 +252,11 @@ def parse_flags(cls,           # a dataclass
 
 def _explain(cls, problem:str)->str:
     "tyro's complaint about a number, with the range that would have been right; our own checks need no preface"
-    name = re.match(r'Error parsing --([\w.-]+): ', problem)
-    f = name and _all_fields(cls).get(name[1].replace('-', '_'))
+    about = re.match(r'Error parsing --([\w.-]+): ', problem)
+    name = about and about[1].replace('-', '_')
+    f = _all_fields(cls).get(name)
     if not f or f.type not in LIMITS: return re.sub(r'^Error parsing [a-zA-Z]\w*: ', '', problem)
-    return f'{name[1]} must be {_range_words(f.type, **_limits(f))}: {problem[name.end():]}'
+    return f'{name} must be {_range_words(f.type, **_limits(f))}: {problem[about.end():]}'
 
 # %% ../nbs/01_config.ipynb #load-run
 def load_run(path='',  # a TOML file, or nothing
