@@ -22,7 +22,7 @@ SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
@@ -31,10 +31,12 @@ JobRequeue=1
 PreemptMode=REQUEUE
 PreemptType=preempt/partition_prio
 KillWait=60
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
+NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN
 PartitionName=low Nodes=localhost Default=YES PriorityTier=1 PreemptMode=REQUEUE MaxTime=INFINITE
 PartitionName=high Nodes=localhost PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
-'''    # cred_expire is also how long a requeued job waits before it may start again; 120 s if not set
+'''    # task/affinity: a rank sees the cores that srun gives it, and no others. cred_expire is also how long a requeued job waits before it may start again; 120 s if not set
+
+CORES = 4 if os.cpu_count() >= 4 else 2
 
 def wait_for(true, what, seconds=120):
     "What `true()` gives as soon as it is true"
@@ -58,7 +60,7 @@ class Slurm:
             a.bind(('127.0.0.1', 0)); b.bind(('127.0.0.1', 0))
             ports = dict(port=a.getsockname()[1], slurmd_port=b.getsockname()[1])
         for name in ('state', 'spool'): (folder/name).mkdir()
-        (folder/'slurm.conf').write_text(CONF.format(folder=folder, **ports))
+        (folder/'slurm.conf').write_text(CONF.format(folder=folder, cpus=CORES, **ports))
         (folder/'cgroup.conf').write_text('CgroupPlugin=cgroup/v1\n')            # slurmd 22.05 wants the file, though nothing uses it
         (folder/'munge.key').write_bytes(os.urandom(1024)); (folder/'munge.key').chmod(0o400)
         self.env = {**ENV, 'SLURM_CONF': str(folder/'slurm.conf')}
@@ -112,12 +114,35 @@ def rows(folder):
 @pytest.fixture
 def submit(slurm):
     "Submit the committed batch script as it is, with what this one node has on the command line"
-    def submit(name, run):
-        flags = [f'--ntasks-per-node={RANKS}', '--nodes=1', '--cpus-per-task=1', '--gres=none', '--time=15', f'--job-name={name}']
-        return slurm.run('sbatch', '--parsable', *flags, ROOT/'configs'/'train.sbatch', run, PYTHON=sys.executable)
+    def submit(name, run, ranks=RANKS, cores=1, python=sys.executable):
+        flags = [f'--ntasks-per-node={ranks}', '--nodes=1', f'--cpus-per-task={cores}', '--gres=none', '--time=15', f'--job-name={name}']
+        return slurm.run('sbatch', '--parsable', *flags, ROOT/'configs'/'train.sbatch', run, PYTHON=str(python))
     yield submit
     if slurm.daemons:
-        for path in slurm.folder.glob('run-*.log'): print(f'--- {path.name}\n{path.read_text()}')      # `make test-slurm` shows it
+        for path in slurm.folder.glob('*-*.log'): print(f'--- {path.name}\n{path.read_text()}')      # `make test-slurm` shows it
+
+@pytest.mark.timeout(300)
+def test_a_rank_sees_all_of_its_cores(slurm, submit):
+    "The committed script with two cores a rank; instead of Python, a program that says which cores it may use"
+    ranks, program = CORES//2, slurm.folder/'cores'
+    program.write_text(f'#!{sys.executable}\nimport os\nprint(*sorted(os.sched_getaffinity(0)))\n'); program.chmod(0o755)
+    job = submit('cores', 'run.toml', ranks=ranks, cores=2, python=program)
+    wait_for(lambda: slurm.job(job)['JobState'] == 'COMPLETED', 'the job')
+    seen = [(slurm.folder/'logs'/f'cores-{job}'/f'{rank}.log').read_text().split() for rank in range(ranks)]
+    assert [len(cores) for cores in seen] == [2]*ranks and len({c for cores in seen for c in cores}) == 2*ranks, seen
+
+@pytest.mark.timeout(300)
+def test_storage_that_fails_is_tried_again_a_bounded_number_of_times(slurm, submit):
+    "Rank 1 leaves with 75 and rank 0, which waits for it, is killed: what srun says of all is a kill, what the script does is to try again, twice"
+    program = slurm.folder/'storage'
+    program.write_text('#!/bin/bash\n[ "$RANK" = 1 ] && exit 75\nexec sleep 600\n'); program.chmod(0o755)
+    quick = slurm.folder/'quick.sbatch'                                          # the committed script, but for the minute that the others have
+    quick.write_text((ROOT/'configs'/'train.sbatch').read_text().replace('--wait=60', '--wait=3'))
+    job = slurm.run('sbatch', '--parsable', f'--ntasks-per-node={RANKS}', '--nodes=1', '--cpus-per-task=1', '--gres=none', '--time=15', '--job-name=storage', quick, 'run.toml',
+                    PYTHON=str(program), STORAGE_TRIES='3')
+    wait_for(lambda: slurm.job(job)['JobState'] == 'FAILED', 'the last attempt', 240)
+    said = (slurm.folder/f'storage-{job}.log').read_text()
+    assert slurm.job(job)['Restarts'] == '2' and 'failed, 1 of 3' in said and 'failed, 2 of 3' in said and said.count('too often in a row') == 1, said
 
 @pytest.mark.timeout(1200)
 def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(slurm, submit, run_file, tmp_path):
@@ -138,7 +163,7 @@ def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(slur
     assert 30 < before < 300
     wait_for(lambda: len(rows(out)) > before + 30, 'the second attempt')
 
-    slurm.run('scancel', '--signal=USR1', job)                                  # what --signal=USR1@300 sends, without waiting for it
+    slurm.run('scancel', '--signal=USR1', job)                                  # what --signal=USR1@600 sends, without waiting for it
     wait_for(lambda: restarts() == 2, 'the third attempt')
     assert len(rows(out)) < 300
     wait_for(lambda: state() == 'COMPLETED', 'the end', 300)

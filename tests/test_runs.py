@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, run_file, llama_nb)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
     status, shown, err = llama_nb('train', path, preexec_fn=small_files)
-    assert status == 2 and len(one_line(err)) == 1 and 'could not save' in err and 'free' in err, err
+    assert status == 75 and len(one_line(err)) == 1 and 'could not save' in err and 'free' in err, err     # the disk may have room again later
     assert not [p for p in (out/'checkpoints').iterdir() if p.name.startswith('.tmp')]
     status, shown, err = llama_nb('train', path)
     assert status == 0 and 'step-00000010' in shown + err

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from ..core import UserError
+from ..core import TemporaryError, UserError, is_temporary
 from .mesh import rank_and_size
 
 # %% ../../nbs/53_parallel.agree.ipynb #everywhere
@@ -25,11 +25,12 @@ def error_line(error:BaseException)->str:
     text = ' '.join(str(error).split())
     return text if isinstance(error, (UserError, OSError)) else f'{type(error).__name__}: {text}'
 
-def on_all_ranks(action:Callable,            # called without arguments, on every rank
-                 group=None,                 # of all ranks if None
-                 catch=(UserError, OSError), # the errors that are told; another one ends the rank
-                 kind:type=UserError,        # what all raise if one fails
-                ):                           # what `action` returned on this rank
+def on_all_ranks(action:Callable,              # called without arguments, on every rank
+                 group=None,                   # of all ranks if None
+                 catch=(UserError, OSError),   # the errors that are told; another one ends the rank
+                 kind:type=UserError,          # what all raise if one fails
+                 passing:type=TemporaryError,  # ... and it may pass
+                ):                             # what `action` returned on this rank
     "Do something on all ranks. If it fails on any, all raise the first error as `kind`; a single process raises its own"
     result = error = None
     try: result = action()
@@ -39,30 +40,35 @@ def on_all_ranks(action:Callable,            # called without arguments, on ever
         return result
     failed = torch.tensor(int(error is not None))
     dist.all_reduce(failed, group=group)
-    if failed: _raise_first(error, group, kind)
+    if failed: _raise_first(error, group, kind, passing)
     return result
 
-def _raise_first(error:Exception|None, group, kind:type):
+def _raise_first(error:Exception|None, group, kind:type, passing:type):
     "Tell all ranks what each has met, and raise the first"
     found = [None]*rank_and_size(group)[1]
-    dist.all_gather_object(found, None if error is None else error_line(error), group=group)
-    raise kind(first_error(found)) from error
+    mine = None if error is None else error_line(error), is_temporary(error)
+    dist.all_gather_object(found, mine, group=group)
+    texts, may_pass = zip(*found)
+    raise (passing if any(may_pass) else kind)(first_error(list(texts))) from error
 
 # %% ../../nbs/53_parallel.agree.ipynb #from-main
-def on_rank_zero(action:Callable,            # called without arguments, on rank 0 only; returns something that pickle can hold
-                 group=None,                 # of all ranks if None; rank 0 is its first
-                 catch=(UserError, OSError), # the errors that are told; another one ends the rank
-                 kind:type=UserError,        # what all raise if it fails
-                ):                           # what `action` returned there
+def on_rank_zero(action:Callable,              # called without arguments, on rank 0 only; returns something that pickle can hold
+                 group=None,                   # of all ranks if None; rank 0 is its first
+                 catch=(UserError, OSError),   # the errors that are told; another one ends the rank
+                 kind:type=UserError,          # what all raise if it fails
+                 passing:type=TemporaryError,  # ... and it may pass
+                ):                             # what `action` returned there
     "Do something on rank 0 and tell all; if it fails, all raise the error as `kind`. A single process raises its own"
     rank, size = rank_and_size(group)
     if size == 1: return action()
     told, error = [None, None], None
     if rank == 0:
         try: told[0] = action()
-        except catch as e: told[1], error = error_line(e), e
+        except catch as e: told[1], error = (error_line(e), is_temporary(e)), e
     dist.broadcast_object_list(told, group=group, group_src=0)
-    if told[1] is not None: raise kind(told[1]) from error
+    if told[1] is not None:
+        text, may_pass = told[1]
+        raise (passing if may_pass else kind)(text) from error
     return told[0]
 
 # %% ../../nbs/53_parallel.agree.ipynb #older-names

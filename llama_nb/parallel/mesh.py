@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['run_ranks', 'end_rank', 'rank_and_size', 'make_mesh', 'data_rank', 'check_tensor_degree', 'degrees', 'start_ranks',
-           'stop_ranks']
+           'take_device', 'host_group', 'stop_ranks', 'last_words']
 
 # %% ../../nbs/50_parallel.mesh.ipynb #imports
-import json, os, signal, subprocess, sys, tempfile, time
+import json, os, signal, subprocess, sys, tempfile, time, traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout      # private, in torch 2.10 to 2.15: a mesh takes no time limit
 from ..config import ModelConfig, ParallelConfig
 from ..core import UserError, pick_device
 
@@ -93,9 +95,18 @@ def _collectives()->dict:
     return {'brings': mine.tolist(), 'all-gather': whole.tolist(), 'reduce-scatter of that': part.tolist(), 'all-reduce': total.tolist(), 'broadcast': told.tolist()}
 
 # %% ../../nbs/50_parallel.mesh.ipynb #make-mesh
-def make_mesh(degrees:tuple[int, int, int], device_type:str)->DeviceMesh:
+def make_mesh(degrees:tuple[int, int, int],
+              device_type:str,
+              timeout:float=None, # seconds that a collective may wait; torch's own limit if None
+             )->DeviceMesh:
     "A mesh with the dimensions replicate, shard and tensor; neighbouring ranks share a tensor"
-    return init_device_mesh(device_type, degrees, mesh_dim_names=('replicate', 'shard', 'tensor'))
+    names = ('replicate', 'shard', 'tensor')
+    on_gpu = device_type == 'cuda' and 'nccl' in dist.get_backend_config()
+    only = {'backend_override': dict.fromkeys(names, 'nccl')} if on_gpu else {}      # else each group has gloo, too
+    mesh = init_device_mesh(device_type, degrees, mesh_dim_names=names, **only)
+    if timeout is not None:
+        for name in names: _set_pg_timeout(timedelta(seconds=timeout), mesh.get_group(name))
+    return mesh
 
 def data_rank(mesh:DeviceMesh)->tuple[int, int]: # which part of the batch, of how many
     "Ranks of one tensor group have the same part"
@@ -141,16 +152,42 @@ def degrees(config:ParallelConfig, model:ModelConfig, world_size:int)->tuple[int
 def start_ranks(device:str='auto',    # as `pick_device` takes it
                 timeout:float=1800.,  # seconds that a collective may wait
                )->torch.device:       # of this rank
-    "Join the ranks that torchrun has started; without torchrun only pick the device. Raises `UserError` if the device is not here"
-    if 'WORLD_SIZE' not in os.environ or dist.is_initialized(): return pick_device(device)
-    found = pick_device(device)
-    if found.type == 'cuda':
-        found = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-        torch.cuda.set_device(found)
+    "Join the ranks that torchrun has started; without torchrun only take the device. Raises `UserError` if the device is not here"
+    found = take_device(device)
+    if 'WORLD_SIZE' not in os.environ or dist.is_initialized(): return found
     backend, meet = 'cuda:nccl,cpu:gloo' if found.type == 'cuda' else 'gloo', os.environ.get('INIT_METHOD', 'env://')
     dist.init_process_group(backend, meet, timedelta(seconds=timeout), int(os.environ['WORLD_SIZE']), int(os.environ['RANK']))
     return found
 
+def take_device(device:str)->torch.device:
+    "The device of this rank, or the one asked for; a GPU becomes the current one of the process. Raises `UserError` if it is not here"
+    found = pick_device(device)
+    if found.type != 'cuda': return found
+    if 'WORLD_SIZE' in os.environ: found = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    if found.index is None: return found                        # the current one
+    there = torch.cuda.device_count()
+    if found.index >= there: raise UserError(f'GPU {found.index} is not here, this machine shows {there}; start as many ranks as it has GPUs, or name another device')
+    torch.cuda.set_device(found)
+    return found
+
+def host_group(timeout:float, # seconds that a collective may wait
+              ):              # a group; None for that of all ranks, or without ranks
+    "All ranks, joined by gloo, for a thread that talks while the training does. Where the training talks over NCCL that is the world's own gloo: leave it alone meanwhile"
+    if not dist.is_initialized() or 'nccl' in dist.get_backend_config(): return None
+    return dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
+
 def stop_ranks():
     "Leave the group, if there is one"
     if dist.is_initialized(): dist.destroy_process_group()
+
+# %% ../../nbs/50_parallel.mesh.ipynb #last-words
+@contextmanager
+def last_words():
+    "A bug or a lost connection ends this rank of many here and now: the traceback first, then the process with exit code 1. A process alone, and errors that are messages, go their usual way"
+    try: yield
+    except (UserError, OSError, KeyboardInterrupt, SystemExit): raise
+    except BaseException:
+        rank, size = rank_and_size() if dist.is_initialized() else [int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1))]
+        if size == 1: raise
+        print(f'\nllama-nb: rank {rank} failed:\n{traceback.format_exc()}', end='', file=sys.stderr)
+        end_rank(1)

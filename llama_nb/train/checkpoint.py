@@ -7,18 +7,18 @@ __all__ = ['save_checkpoint', 'list_checkpoints', 'superseded', 'verify_checkpoi
            'latest_checkpoint', 'HostMemory', 'Saver', 'lock_folder', 'consolidate']
 
 # %% ../../nbs/60_train.checkpoint.ipynb #imports
-import copy, json, os, secrets, shutil, socket, threading
+import copy, errno, json, os, secrets, shutil, socket, threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from ..core import UserError, file_digest, fsync_folder, publish_folder
-from ..parallel.mesh import rank_and_size
-from .pieces import CheckpointError, Plan, disk, files_of, from_rank_zero, plan_pieces, read_index, read_pieces, together, write_pieces
+from ..parallel.mesh import host_group, rank_and_size
+from .pieces import (CheckpointError, Plan, StorageError, disk, files_of, from_rank_zero, plan_pieces, read_index,
+                                   read_pieces, together, write_pieces)
 
 # %% ../../nbs/60_train.checkpoint.ipynb #save
 def save_checkpoint(folder,                              # where the checkpoints of a run lie, the same place for all ranks
@@ -41,8 +41,7 @@ def save_checkpoint(folder,                              # where the checkpoints
         files = write_pieces(tmp, plan, group)
         together(lambda: first and _publish(tmp, final, aside, files, text), group)
     except Exception as e: _give_up(e, folder, first and tmp, final, aside, plan.nbytes, group)
-    if first:
-        for old in superseded(folder, step, keep, keep_every): _discard(old)
+    together(lambda: first and [_discard(old) for old in superseded(folder, step, keep, keep_every)], group)
     return final
 
 def _check_keep(keep:int):
@@ -75,17 +74,21 @@ def _discard(path:Path):
     "Take `path` out of sight, then delete it; what cannot be deleted now is left to the next save"
     with suppress(OSError):
         gone = path if path.name.startswith('.tmp-') else path.rename(path.with_name(f'.tmp-{path.name}'))
+        files = [p for p in gone.iterdir() if p.is_file()]
+        if len(files) > 64:                                # one after the other, thousands take a minute on a file server
+            with ThreadPoolExecutor(16) as pool: list(pool.map(os.unlink, files))
         shutil.rmtree(gone)
 
 # %% ../../nbs/60_train.checkpoint.ipynb #write
 def _publish(tmp:Path, final:Path, aside:Path, files:dict, text:str):
     "Add the state and the list of files, and give the folder its name"
+    written = set(files)                                   # forced to disk by the ranks that wrote them
     with disk(tmp):
         (tmp/'state.json').write_text(text, encoding='utf-8')
         for name in ('index.json', 'state.json'): files[name] = {'bytes': (tmp/name).stat().st_size, 'sha256': file_digest(tmp/name)}
         (tmp/'manifest.json').write_text(json.dumps({'files': files}, indent=1), encoding='utf-8')
         if final.exists(): final.rename(aside)
-        publish_folder(tmp, final)
+        publish_folder(tmp, final, written)
 
 # %% ../../nbs/60_train.checkpoint.ipynb #give-up
 def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path, need:int, group): # need: bytes
@@ -97,7 +100,8 @@ def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path
     lost = isinstance(error, RuntimeError) and rank_and_size(group)[1] > 1
     if not isinstance(error, CheckpointError) and not lost: raise error
     why = f'another rank does not answer ({" ".join(str(error).split())})' if lost else error
-    raise CheckpointError(f'could not save in {folder}: {why}, needed {need/1e6:,.1f} MB; earlier checkpoints are intact: free some space or mend the folder, then start again') from error
+    kind = StorageError if isinstance(error, StorageError) or rank_and_size(group)[1] > 1 else CheckpointError
+    raise kind(f'could not save in {folder}: {why}, needed {need/1e6:,.1f} MB; earlier checkpoints are intact: free some space or mend the folder, then start again') from error
 
 # %% ../../nbs/60_train.checkpoint.ipynb #list
 def list_checkpoints(folder)->list[Path]: # oldest first
@@ -251,14 +255,15 @@ class Saver:
                  timeout:float=1800.):                       # seconds that the ranks wait for each other
         _check_keep(keep)
         self.folder, self.keep, self.keep_every, self.host, self.thread, self.error = folder, keep, keep_every, HostMemory(), None, None
-        self.group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
+        self.group = host_group(timeout)
 
     def save(self, step:int, tensors:dict[str,dict[str,Tensor]], state:dict):
         "Wait for the save before, copy what this rank will write, and go on; `tensors` may change as soon as this returns. Raises the error of the save before"
         self.wait()
         plan = plan_pieces(tensors, self.group)
+        devices = {t.device for t in plan.mine.values() if t.is_cuda}
         plan = replace(plan, mine=self.host.copy(plan.mine))
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        for device in devices: torch.cuda.synchronize(device)
         self.thread = threading.Thread(target=self._work, args=(step, plan, copy.deepcopy(state)), daemon=True)
         self.thread.start()
 
@@ -277,8 +282,12 @@ _HELD = set()                                               # open files of this
 def _let_go(): [f.close() for f in _HELD]
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}     # what a file system without locks answers
+
 @contextmanager
-def lock_folder(folder):
+def lock_folder(folder,
+                report=print, # called with one line where the file system keeps no locks
+               ):
     "Hold `folder` for this process; the system lets go of it when the process ends, however it ends. Raises `UserError` naming who holds it"
     import fcntl
     folder = Path(folder)
@@ -290,6 +299,9 @@ def lock_folder(folder):
         except BlockingIOError:
             f.seek(0); who = ' '.join(f.read().split()) or 'another process'
             raise UserError(f'{folder} is in use by {who}; wait for it or end it, or choose another --out') from None
+        except OSError as e:
+            if e.errno not in _NO_LOCKS: raise
+            report(f'{folder}: this file system keeps no locks ({e.strerror}); take care that no other process trains in it')
         f.truncate(0); f.write(f'process {os.getpid()} on {socket.gethostname()}'); f.flush()
         _HELD.add(f)
         try: yield
