@@ -56,3 +56,8 @@ def test_our_tracker_agrees_with_torchs():
     "PyTorch's takes time that grows with the square of the layers; at two layers of 7B both count the same"
     ours, torchs = worker('both', str(CONFIGS/'7B.toml'), 512, ('--model.n_layers', '2'))
     assert ours == pytest.approx(torchs, rel=.01)
+
+def test_the_formula_needs_no_training_code():
+    "Memory is arithmetic on a configuration; what trains may ask for it"
+    code = "import sys, llama_nb.scale.memory; print([m for m in sys.modules if m.startswith(('llama_nb.train', 'llama_nb.parallel'))])"
+    assert subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
