@@ -173,7 +173,6 @@ class Trainer:
         self.mesh = make_mesh(sizes, self.device.type) if self.ranks > 1 else None
         self.share = data_rank(self.mesh) if self.mesh else (0, 1)
         everywhere(lambda: check_settings(config, self.device, self.share[1], sizes[2]))
-        self.report(backend_report(c.attention, self.device, *attention_model(config)))
         self.loader, self.held_out = everywhere(lambda: open_data(config))
         self.bos_id = Tokenizer(self.loader.shards.folder/'tokenizer.model').bos_id if config.data.documents == 'separate' else None
         self._same_data()
@@ -183,6 +182,7 @@ class Trainer:
         self.patience, self.saver = Patience(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every)
         path = ckpt.latest_checkpoint(self.out/'checkpoints', report=self.report)
         self.fused = async_tensor_parallel(self.mesh['tensor'], c.compile != 'off') if config.parallel.async_tensor else None
+        self.report(backend_report(c.attention, self.device, *attention_model(config)))
         self.model = build_model(config, self.device, self.mesh, draw=path is None)
         self.optimizer = make_optimizer(self.model, config.optim)
         if path: self._resume(path)
