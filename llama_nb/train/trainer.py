@@ -24,10 +24,10 @@ from ..model.attention import backend_report, pick_backend
 from ..model.transformer import LLaMA
 from ..parallel.agree import everywhere, from_main, total
 from ..parallel.data import apply_data_parallel, materialize, sync_gradients
-from ..parallel.mesh import data_rank, degrees, make_mesh, rank_and_size, start_ranks
+from ..parallel.mesh import data_rank, degrees, last_words, make_mesh, rank_and_size, start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
 from . import checkpoint as ckpt
-from .guards import STOP_SIGNALS, Patience, SpikeGuard, stop_on_signal, watchdog
+from .guards import STOP_SIGNALS, Patience, SpikeGuard, collective_seconds, stop_on_signal, watchdog
 from .host import prepare_host
 from .loss import chunked_loss_sum
 from .metrics import Metrics, plot_loss, read_metrics
@@ -94,8 +94,9 @@ def check_settings(config:RunConfig, device:torch.device, sharers:int, tensor:in
 # %% ../../nbs/61_train.trainer.ipynb #open-data
 def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     "The loader of the training text and the held-out shards. Raises `UserError` where they do not fit the model or each other"
-    c, shards = config.data, TokenShards(config.data.train)
-    held_out = TokenShards(c.held_out) if c.held_out else None
+    c, share = config.data, rank_and_size()                                    # the files' sizes are dealt out to the ranks
+    shards = TokenShards(c.train, share)
+    held_out = TokenShards(c.held_out, share) if c.held_out else None
     for s, folder in ((shards, c.train), (held_out, c.held_out)):
         if s and s.vocab_size > config.model.vocab_size:
             raise UserError(f'the shards in {folder} have a vocabulary of {s.vocab_size}, the model only {config.model.vocab_size}; set model.vocab_size to {s.vocab_size}')
@@ -166,11 +167,12 @@ class Trainer:
     "One run of `config`, at the step where its folder left off, on the ranks that torchrun has started. Raises `UserError` where configuration, data and folder do not fit"
     def __init__(self, config:RunConfig, report=tqdm.write):
         c, self.config, self.step, self.batches, self.got = config.train, config, 0, None, []
-        self.device, self.dtype = start_ranks(c.device, 60*c.hang_minutes or 1800.), pick_dtype(c.dtype)
+        limit = collective_seconds(c.hang_minutes)                      # for every group
+        self.device, self.dtype = start_ranks(c.device, limit), pick_dtype(c.dtype)
         self.rank, self.ranks = rank_and_size()
         self.report = report if self.rank == 0 else lambda line: None
         sizes = degrees(config.parallel, config.model, self.ranks)
-        self.mesh = make_mesh(sizes, self.device.type) if self.ranks > 1 else None
+        self.mesh = make_mesh(sizes, self.device.type, limit) if self.ranks > 1 else None
         self.share = data_rank(self.mesh) if self.mesh else (0, 1)
         everywhere(lambda: check_settings(config, self.device, self.share[1], sizes[2]))
         self.loader, self.held_out = everywhere(lambda: open_data(config))
@@ -179,7 +181,7 @@ class Trainer:
         self.out = from_main(lambda: open_folder(config, self.loader.shards))
         if self.device.type == 'cpu': prepare_host()
         torch.manual_seed(c.seed)
-        self.patience, self.saver = Patience(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every)
+        self.patience, self.saver = Patience(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every, limit)
         path = ckpt.latest_checkpoint(self.out/'checkpoints', report=self.report)
         self.fused = async_tensor_parallel(self.mesh['tensor'], c.compile != 'off') if config.parallel.async_tensor else None
         self.report(backend_report(c.attention, self.device, *attention_model(config)))
@@ -188,9 +190,11 @@ class Trainer:
         if path: self._resume(path)
 
     def _same_data(self):
-        wanted, digest = from_main(lambda: self.loader.shards.digest), self.loader.shards.digest
+        folders = [s for s in (self.loader.shards, self.held_out) if s]
+        wanted = from_main(lambda: [s.digest for s in folders])
         def check():
-            if digest != wanted: raise UserError(f'{self.config.data.train} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
+            for s, digest in zip(folders, wanted):
+                if s.digest != digest: raise UserError(f'{s.folder} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
         everywhere(check)
 
     def total(self, x:Tensor)->Tensor:
@@ -229,8 +233,8 @@ class OnTheWay:
         self.values, self.mark = torch.stack([v.detach().float() for v in values]), None
         if self.values.is_cuda:
             host = torch.empty(self.values.shape, pin_memory=True)
-            self.values, self.mark = host.copy_(self.values, non_blocking=True), torch.cuda.Event()
-            self.mark.record()
+            queue = torch.cuda.current_stream(self.values.device)      # of its own GPU, which need not be the current one
+            self.values, self.mark = host.copy_(self.values, non_blocking=True), queue.record_event()
 
     def read(self)->list[float]:
         if self.mark: self.mark.synchronize()
@@ -283,14 +287,16 @@ def fit(run:Trainer,
     c = run.config.train
     if run.step >= c.steps: run.report(f'{run.out} is finished: {run.step} of {c.steps} steps'); return 0
     with ExitStack() as stack:
-        everywhere(lambda: stack.enter_context(ckpt.lock_folder(run.out)) if run.rank == 0 else None)
+        everywhere(lambda: stack.enter_context(ckpt.lock_folder(run.out, run.report)) if run.rank == 0 else None)
         run.got, alive = stack.enter_context(stop_on_signal()), stack.enter_context(watchdog(c.hang_minutes))
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
         often = .1 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30.    # seconds; a log file is not a screen
         bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress or run.rank > 0, mininterval=often, maxinterval=often))
-        diary = stack.enter_context(Diary(run, bar)); stack.enter_context(quiet_gc())
+        diary = stack.enter_context(Diary(run, bar))
+        tidy = stack.enter_context(quiet_gc())
+        stack.enter_context(last_words())                              # before anything is cleaned up
         while run.step < c.steps and not diary.signals:
-            diary.add(train_step(run)); alive()
+            diary.add(train_step(run)); alive(); tidy(run.step)
             if run.fused is not None: check_fused(run.fused); run.fused = None    # the first step has compiled the blocks
             if run.held_out and (run.step % c.eval_every == 0 or run.step == c.steps): diary.measure()
             if run.step % c.save_every == 0: diary.checkpoint()
@@ -308,7 +314,7 @@ class Diary:
         self.run, self.bar, self.behind, self.signals = run, bar, run.device.type == 'cuda', []
         self.metrics = everywhere(lambda: Metrics(run.out, run.step) if run.rank == 0 else None)
         self.spikes = SpikeGuard(run.config.train.spike_sigmas)
-        for row in read_metrics(self.metrics.path)[-128:] if self.metrics else (): self.spikes.look(row['step'], row['loss'] or math.nan)
+        for row in self.metrics.newest if self.metrics else (): self.spikes.look(row['step'], row['loss'] or math.nan)
         self.pending, self.mark, self.saved = None, time.perf_counter(), run.step
     def __enter__(self): return self
     def __exit__(self, *error):
@@ -342,21 +348,24 @@ class Diary:
         self.mark = time.perf_counter()
 
     def checkpoint(self):
-        "Begin to save, with the metrics and the picture up to date"
+        "Begin to save, with the metrics up to date"
         self.catch_up()
+        self.run.saver.wait()                                          # it talks over the group that `from_main` needs
         from_main(self._publish)
         save(self.run); self.saved = self.run.step
         gc.collect()
         self.mark = time.perf_counter()
 
-    def _publish(self): self.metrics.sync(); plot_loss(read_metrics(self.metrics.path), self.run.out/'loss.png')
+    def _publish(self): self.metrics.sync(); self.metrics.draw(self.run.out/'loss.png', at_once=bool(self.signals) or self.run.step == self.run.config.train.steps)
 
 # %% ../../nbs/61_train.trainer.ipynb #quiet-gc
 @contextmanager
-def quiet_gc():
-    "Python's garbage collector does not start by itself"
+def quiet_gc(every:int=50): # steps between two looks at the young objects
+    "Python's garbage collector does not start by itself; it runs when the given function is told a step that is its turn"
     was = gc.isenabled(); gc.collect(); gc.disable()
-    try: yield
+    def tidy(step:int):
+        if step % every == 0: gc.collect(1)
+    try: yield tidy
     finally:
         if was: gc.enable()
 
