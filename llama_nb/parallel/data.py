@@ -120,21 +120,3 @@ def _trial(cases:list)->dict: # (degrees, dtype, pieces, always)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.).full_tensor()
     dist.reduce_scatter_tensor(mean := torch.zeros(1), torch.full((dist.get_world_size(),), 1. + dist.get_rank()), op=dist.ReduceOp.AVG)
     return {'wires': wires, 'norm here': here.item(), 'norm': norm.item(), 'mean': mean.item()}
-
-# %% ../../nbs/52_parallel.data.ipynb #trace
-def _trace()->dict: # 'compute', 'gather': lists of (name, start, end) in milliseconds
-    "When two CPU ranks compute and gather in a forward pass"
-    from torch.profiler import ProfilerActivity, profile
-    model = _shared(ModelConfig(384, 4, 6, vocab_size=512, max_seq_len=256), (1, dist.get_world_size(), 1))
-    for layer, following in zip(model.layers, model.layers[1:]): layer.set_modules_to_forward_prefetch([following])
-    model._set_unshard_async_op(True)                                     # a CPU has no stream of its own to wait in
-    x = torch.randint(512, (2, 256))
-    for i in range(2):                                                    # the first time everything is set up
-        dist.barrier()
-        with profile(activities=[ProfilerActivity.CPU]) as trace: model.hidden(x).sum().backward()
-    events = sorted(trace.events(), key=lambda e: e.time_range.start)
-    zero = events[0].time_range.start
-    spans = lambda name: [((e.time_range.start - zero)/1e3, (e.time_range.end - zero)/1e3) for e in events if e.name.startswith(name)]
-    compute = [(n, spans(f'FSDP::pre_forward ({n})')[0][1], spans(f'FSDP::post_forward ({n})')[0][0]) for n in (f'layers.{i}' for i in range(len(model.layers)))]
-    asked = [e.name.partition('(')[2].strip(')') or 'root' for e in events if e.name == 'FSDP::all_gather' or e.name.startswith('FSDP::all_gather (')]
-    return {'compute': compute, 'gather': [(n, *span) for n, span in zip(asked, spans('gloo:all_gather'))][:len(compute) + 1]}
