@@ -1,5 +1,5 @@
 "The GPU kit on a machine without a GPU: its miniature, and parts that are broken on purpose. What it shows of a GPU needs one."
-import json, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +24,7 @@ def miniature(tmp_path_factory):
     assert sorted(sum(HALVES, ())) == sorted(PARTS)
     def kit(*args):
         return subprocess.run([sys.executable, str(KIT/'gpu.py'), *map(str, args)], capture_output=True,
-                              text=True, timeout=840)
+                              text=True, timeout=840, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(lambda i: kit('--form', 'cpu', '--out', folder/str(i), '--parts', *HALVES[i]),
                              range(2)))
@@ -134,13 +134,13 @@ def test_stopped_by_a_signal(tmp_path):
     temporary.mkdir()
     command = [sys.executable, str(KIT/'gpu.py'), '--form', 'cpu', '--out', str(tmp_path/'out'), '--parts', 'sync']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**gpu.os.environ, 'TMPDIR': str(temporary)})
+                               stderr=subprocess.STDOUT, env={**os.environ, 'TMPDIR': str(temporary)})
     seen = []
     for line in process.stdout:
         seen.append(line)
         if line.startswith('sync:'): break
     time.sleep(1)                                                    # it is on its way
-    process.send_signal(gpu.signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and 'stopped; the same command goes on' in rest, seen + [rest]
     record = json.loads(next((tmp_path/'out').iterdir()).joinpath('results.json').read_text())['parts']['sync']
