@@ -18,11 +18,9 @@ WIDE = ModelConfig(2048, 2, 16, vocab_size=2048)
 def nccl(desk):
     "Saving while training; runs that are stopped and go on; a rank that raises. On a CPU the same with gloo"
     desk.row('process group', 'backend', value='NCCL, and gloo for the CPU' if desk.gpu else 'gloo')
-    asynchronous_save(desk, 'cuda:0, by its number' if desk.gpu else 'cpu', where='cuda:0' if desk.gpu
-                      else 'cpu')
-    if desk.gpu and torch.cuda.device_count() > 1:
-        asynchronous_save(desk, 'cuda:1, by its number', where='cuda:1')
-    else: desk.skip('a second device by its number', 'one device')
+    for where in (f'cuda:{i}' for i in range(min(torch.cuda.device_count(), 2))) if desk.gpu else ('cpu',):
+        asynchronous_save(desk, where, where=where)
+    if not desk.gpu or torch.cuda.device_count() == 1: desk.skip('a second device by its number', 'there is none')
     raises(desk)
     resumes(desk, 'plain attention', attention='reference', dtype='float32')
     if desk.gpu: resumes(desk, 'default attention', repeats=True)
@@ -114,14 +112,13 @@ def what_came(out:Path)->tuple:
     return rows, {f'{part}/{name}': t for part, named in tensors.items() for name, t in named.items()}
 
 def equal(a:tuple, b:tuple)->bool:
-    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], t) for n,
-                                                               t in b[1].items())
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], t) for n, t in b[1].items())
 
 def resumes(desk, name:str, repeats:bool=False, **settings):
     "A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if two of those do"
     settings = {'steps': 400 if desk.gpu else 80, **settings}
     whole = write_run(desk, **settings)
-    train = lambda path: finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
+    def train(path): return finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
     said = train(whole[0])
     if not list_checkpoints(whole[1]/'checkpoints'):
         desk.row('resumed bit for bit', name, False, why=said[-300:])
