@@ -12,6 +12,7 @@ from gpu_parts import DOCUMENTS, MINI, SMALL, backends, device, first_line, free
 
 HERE = Path(__file__).resolve().parent
 WIDE = ModelConfig(2048, 2, 16, vocab_size=2048)
+LOOPBACK = {'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo'}
 
 # --- one rank, as torchrun starts it --------------------------------------------------------------
 
@@ -32,13 +33,13 @@ def free_port()->int:
 @contextmanager
 def one_rank():
     "What torchrun tells a rank, for this process"
-    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1',
-            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(free_port()), **LOOPBACK}
     os.environ.update(told)
     try: yield
     finally:
         stop_ranks()
-        for name in told: os.environ.pop(name)
+        for name in told: os.environ.pop(name, None)
 
 def asynchronous_save(desk, name:str, where:str):
     "Two saves: how long the loop stands still, how long they take, and that training meanwhile does not change them"
@@ -70,8 +71,7 @@ def torchrun(*program)->subprocess.Popen:
     "One rank started by torchrun; what it prints is read by `finish`"
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1',
                *map(str, program)]
-    env = {**os.environ, 'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo',
-           'TORCHELASTIC_ERROR_FILE': os.devnull}
+    env = {**os.environ, **LOOPBACK}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             errors='replace')
 
@@ -82,8 +82,11 @@ def finish(process, seconds:float)->str:
     for pid in [*children(process.pid), process.pid]: os.kill(pid, signal.SIGKILL)
     return process.communicate()[0] + f'\nkilled after {seconds:.0f} s'
 
-def children(pid:int)->list[int]:
-    return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+def parent(pid:int)->int:
+    try: return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+    except OSError: return 0                                    # it has ended meanwhile
+
+def children(pid:int)->list[int]: return [p for p in map(int, filter(str.isdecimal, os.listdir('/proc'))) if parent(p) == pid]
 
 def metrics(out)->list[dict]:
     path = Path(out)/'metrics.jsonl'
