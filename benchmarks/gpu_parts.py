@@ -278,9 +278,8 @@ LIMITS = {'float32': 1e-4,  # other sums and exponentials: 1e-6 between backends
 def parity(desk):
     "Every gradient against the same run in float32 with plain attention on the CPU: the norm of the difference over the norm"
     torch.set_float32_matmul_precision('highest')                                        # no TF32
-    modes = [(m, 'off') for m in ('none', 'full', 'linear', 'manual')] + [('linear', 'blocks'),
-        ('budget', 'blocks')]
-    if not desk.gpu: modes = [('none', 'off'), ('linear', 'off')]
+    modes = [('none', 'off'), ('linear', 'off')]
+    if desk.gpu: modes += [('full', 'off'), ('manual', 'off'), ('linear', 'blocks'), ('budget', 'blocks')]
     if not desk.gpu: desk.skip('compiled modes', 'minutes of compiling on a CPU')
     names = {n: backends(desk, 'reference', 'sdpa', 'xformers', dtype=pick_dtype(n),
                          k=SMALL[desk.form].head_dim) for n in LIMITS}
@@ -293,8 +292,7 @@ def parity(desk):
         compare(desk, f'the CPU itself, {documents}, bfloat16', right, near, 'bfloat16')
         losses[documents] = right['loss']
         for dtype, backend, (mode, compiled) in ((d, b, m) for d in LIMITS for b in names[d] for m in modes):
-            # minutes of compiling
-            if compiled == 'blocks' and (dtype, backend) != ('bfloat16', names[dtype][-1]): continue
+            if compiled == 'blocks' and (dtype, backend) != ('bfloat16', names[dtype][-1]): continue   # takes minutes
             name = f'{backend}, {documents}, {mode}' + ', compiled'*(compiled == 'blocks') + f', {dtype}'
             try:
                 got = gradients(desk, right, documents=documents, attention=backend, dtype=dtype,
@@ -333,8 +331,8 @@ def counted_bytes(desk):
     if desk.gpu:
         wait(desk); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
         yield got
-        wait(desk); got += [torch.cuda.memory_allocated() - before,
-                            torch.cuda.max_memory_allocated() - before]
+        wait(desk)
+        got += [torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before]
         return
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: yield got
@@ -345,25 +343,25 @@ def counted_bytes(desk):
         top = max(top, now)
     got += [now, top]
 
-KEPT = {'full': lambda d, f, size: size*d,                       # the block's input
-        'linear': lambda d, f, size: 14*d + 4*f if size == 2 else None,
-        'manual': lambda d, f, size: 12*d + 4*f if size == 2 else None}
+KEPT = {'full': lambda d, f: 2*d,                                # bytes in bfloat16: the block's input
+        'linear': lambda d, f: 14*d + 4*f,
+        'manual': lambda d, f: 12*d + 4*f}
 
 def memory(desk):
     "What a block keeps for a token, from the difference between 3 blocks and 1, per mode; and the peak of a step"
     wide = BLOCK_7B if desk.gpu else MINI
-    for backend, mode, compiled in itertools.product(backends(desk, 'sdpa', 'xformers', k=wide.head_dim),
-                                                     RECOMPUTE, (False, True)):
-        if mode == 'budget' and not compiled or compiled and (not desk.gpu or mode == 'manual'): continue
+    names = backends(desk, 'sdpa', 'xformers', k=wide.head_dim)
+    cases = [(b, mode, False) for b in names for mode in RECOMPUTE if mode != 'budget']
+    cases += [(names[-1], mode, True) for mode in ('none', 'linear')]*desk.gpu
+    for backend, mode, compiled in cases:
         name = f'{backend}, {mode}' + ', compiled'*compiled
         try: kept = [kept_bytes(desk, wide, n, backend, mode, compiled) for n in (1, 3)]
         except Exception as e:
             desk.row('bytes that a block keeps for a token', name, False, why=first_line(e))
             continue
         finally: free(desk)
-        got, formula = (kept[1] - kept[0])/2, KEPT.get(mode, lambda *a: None)(wide.dim, wide.ffn_dim, 2)
-        desk.row('bytes that a block keeps for a token', name, kept=got, formula=formula, ratio=got/formula
-                 if formula else None)
+        got, formula = (kept[1] - kept[0])/2, KEPT.get(mode, lambda d, f: None)(wide.dim, wide.ffn_dim)
+        desk.row('bytes that a block keeps for a token', name, kept=got, formula=formula, ratio=formula and got/formula)
     if not desk.gpu: desk.skip('compiled modes', 'minutes of compiling on a CPU')
     peaks(desk)
 

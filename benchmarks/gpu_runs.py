@@ -12,17 +12,16 @@ from gpu_parts import DOCUMENTS, MINI, SMALL, backends, device, first_line, free
 
 HERE = Path(__file__).resolve().parent
 WIDE = ModelConfig(2048, 2, 16, vocab_size=2048)
+LOOPBACK = {'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo'}
 
 # --- one rank, as torchrun starts it --------------------------------------------------------------
 
 def nccl(desk):
     "Saving while training; runs that are stopped and go on; a rank that raises. On a CPU the same with gloo"
     desk.row('process group', 'backend', value='NCCL, and gloo for the CPU' if desk.gpu else 'gloo')
-    asynchronous_save(desk, 'cuda:0, by its number' if desk.gpu else 'cpu', where='cuda:0' if desk.gpu
-                      else 'cpu')
-    if desk.gpu and torch.cuda.device_count() > 1:
-        asynchronous_save(desk, 'cuda:1, by its number', where='cuda:1')
-    else: desk.skip('a second device by its number', 'one device')
+    for where in (f'cuda:{i}' for i in range(min(torch.cuda.device_count(), 2))) if desk.gpu else ('cpu',):
+        asynchronous_save(desk, where, where=where)
+    if not desk.gpu or torch.cuda.device_count() == 1: desk.skip('a second device by its number', 'there is none')
     raises(desk)
     resumes(desk, 'plain attention', attention='reference', dtype='float32')
     if desk.gpu: resumes(desk, 'default attention', repeats=True)
@@ -34,13 +33,13 @@ def free_port()->int:
 @contextmanager
 def one_rank():
     "What torchrun tells a rank, for this process"
-    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1',
-            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(free_port()), **LOOPBACK}
     os.environ.update(told)
     try: yield
     finally:
         stop_ranks()
-        for name in told: os.environ.pop(name)
+        for name in told: os.environ.pop(name, None)
 
 def asynchronous_save(desk, name:str, where:str):
     "Two saves: how long the loop stands still, how long they take, and that training meanwhile does not change them"
@@ -72,8 +71,7 @@ def torchrun(*program)->subprocess.Popen:
     "One rank started by torchrun; what it prints is read by `finish`"
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1',
                *map(str, program)]
-    env = {**os.environ, 'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo',
-           'TORCHELASTIC_ERROR_FILE': os.devnull}
+    env = {**os.environ, **LOOPBACK}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             errors='replace')
 
@@ -84,8 +82,11 @@ def finish(process, seconds:float)->str:
     for pid in [*children(process.pid), process.pid]: os.kill(pid, signal.SIGKILL)
     return process.communicate()[0] + f'\nkilled after {seconds:.0f} s'
 
-def children(pid:int)->list[int]:
-    return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+def parent(pid:int)->int:
+    try: return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+    except OSError: return 0                                    # it has ended meanwhile
+
+def children(pid:int)->list[int]: return [p for p in map(int, filter(str.isdecimal, os.listdir('/proc'))) if parent(p) == pid]
 
 def metrics(out)->list[dict]:
     path = Path(out)/'metrics.jsonl'
@@ -114,14 +115,13 @@ def what_came(out:Path)->tuple:
     return rows, {f'{part}/{name}': t for part, named in tensors.items() for name, t in named.items()}
 
 def equal(a:tuple, b:tuple)->bool:
-    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], t) for n,
-                                                               t in b[1].items())
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], t) for n, t in b[1].items())
 
 def resumes(desk, name:str, repeats:bool=False, **settings):
     "A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if two of those do"
-    settings = {'steps': 400 if desk.gpu else 40, **settings}
+    settings = {'steps': 400 if desk.gpu else 80, **settings}
     whole = write_run(desk, **settings)
-    train = lambda path: finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
+    def train(path): return finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
     said = train(whole[0])
     if not list_checkpoints(whole[1]/'checkpoints'):
         desk.row('resumed bit for bit', name, False, why=said[-300:])

@@ -62,8 +62,7 @@ def ours(base:LLaMA, who:Contestant, dtype):
     "A function that goes forward and backward through a batch and returns the mean loss"
     with torch.device('meta'): model = LLaMA(base.config)
     adopt(model, dict(base.named_parameters()))
-    # tried before anything is compiled
-    pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)
+    pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)   # tried before anything is compiled
     for layer in model.layers: layer.attention.backend = who.attention
     apply_recompute(model, who.recompute)
     for layer in model.layers if who.compiled else (): layer.compile(fullgraph=True)
@@ -107,8 +106,7 @@ class Contest:
     def __init__(self, desk, table:str, config:ModelConfig, batch:int):
         self.desk, self.table, self.config, self.batch = desk, table, config, batch
         self.dtype = compute_type(desk)
-        # each contestant is a version of the same code
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64                # each contestant is a version of the same code
         self.base = bare_model(desk, config, 'auto', 'none')
         self.optimizer = make_optimizer(self.base, OptimConfig())
         set_lr(self.optimizer, 1e-5)
@@ -138,8 +136,8 @@ class Contest:
         try:
             self.passes[who] = (ours if who.code == 'llama_nb' else theirs)(self.base, who, self.dtype)
             for _ in range(warm_up): self.step(who)
-            self.facts[who], self.seconds[who] = {'warm_up_s': time.perf_counter() - begun,
-                                                  'peak_gb': self.peak_gb(who)}, []
+            took = time.perf_counter() - begun
+            self.facts[who], self.seconds[who] = {'warm_up_s': took, 'peak_gb': self.peak_gb(who)}, []
             for _ in range(alone): self.timed(who)
         except Exception as e: self.leave(who, e); return
         self.report(who)
@@ -148,8 +146,8 @@ class Contest:
         for kept in (self.passes, self.seconds, self.facts): kept.pop(who, None)
         self.optimizer.zero_grad(set_to_none=True)
         memory = isinstance(error, torch.cuda.OutOfMemoryError)
-        self.desk.row(self.table, who.name, None if memory else False, why='out of memory' if memory
-                      else first_line(error))
+        why = 'out of memory' if memory else first_line(error)
+        self.desk.row(self.table, who.name, None if memory else False, why=why)
         error.__traceback__ = None                               # it holds on to tensors
         free(self.desk)
 
@@ -164,7 +162,9 @@ class Contest:
         alone, self.seconds = self.seconds, {who: [] for who in self.seconds}
         for _ in range(rounds):
             if self.desk.left() < reserve: break
-            for who in self.seconds: self.timed(who)
+            for who in list(self.seconds):
+                try: self.timed(who)
+                except Exception as e: self.leave(who, e)
         turned = any(self.seconds.values())
         if not turned: self.seconds = alone
         for who in self.seconds: self.report(who, 'taking turns' if turned else 'alone')
@@ -175,8 +175,8 @@ class Contest:
         rate, memory = self.batch*t/median, formula_gb(c, who, self.batch)
         base = [s for other, s in self.seconds.items() if other.code == 'transformers'
                 and bool(other.compiled) == bool(who.compiled) and s]
-        hardware = None if who.recompute == 'budget' or who.code != 'llama_nb' else hfu(rate, c, t, self.peak,
-            who.recompute).share
+        counted = who.code == 'llama_nb' and who.recompute != 'budget'
+        hardware = hfu(rate, c, t, self.peak, who.recompute).share if counted else None
         facts = {**self.facts[who], 'formula_gb': memory}
         self.desk.row(self.table, who.name, tokens_per_second=rate, mfu=mfu(rate, c, t, self.peak).share,
                       hfu=hardware, median_ms=1000*median,
@@ -329,9 +329,8 @@ def shares(desk, who:Contestant, found:Counter, seconds:float):
         desk.row(f'shares, {who.name}', kind, share=us/total, ms_a_step=us/2000)
     desk.row(f'shares, {who.name}', 'all kernels, and their share of the time that the step takes',
              share=total/1e6/seconds, ms_a_step=total/2000)
-    for name, us in found.most_common(15):
-        desk.row(f'longest kernels, {who.name}', name[:110], kind=kind_of(name), share=us/total,
-                 ms_a_step=us/2000)
+    for i, (name, us) in enumerate(found.most_common(15), 1):
+        desk.row(f'longest kernels, {who.name}', f'{i}. {name[:110]}', kind=kind_of(name), share=us/total, ms_a_step=us/2000)
 
 def loss_share(desk, contest:Contest, who:Contestant):
     "The loss by itself, forward and backward, at the same size: its share of the step"

@@ -1,5 +1,5 @@
 "The GPU kit on a machine without a GPU: its miniature, and parts that are broken on purpose. What it shows of a GPU needs one."
-import json, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest, torch
 
 KIT = Path(__file__).resolve().parent.parent/'benchmarks'
 sys.path.insert(0, str(KIT))
-import gpu, gpu_step
+import gpu, gpu_parts, gpu_step
 from gpu import PARTS, Part, Results, cell, run_parts
 from llama_nb.config import ModelConfig
 
@@ -24,7 +24,7 @@ def miniature(tmp_path_factory):
     assert sorted(sum(HALVES, ())) == sorted(PARTS)
     def kit(*args):
         return subprocess.run([sys.executable, str(KIT/'gpu.py'), *map(str, args)], capture_output=True,
-                              text=True, timeout=840)
+                              text=True, timeout=840, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(lambda i: kit('--form', 'cpu', '--out', folder/str(i), '--parts', *HALVES[i]),
                              range(2)))
@@ -63,7 +63,7 @@ def test_a_contest_of_one_set_of_weights(miniature):
     for r in contest.values(): assert r['tokens_per_second'] > 0 and 6 < r['loss'] < 6.5
 
 def test_stopped_in_the_middle(miniature):
-    assert rows(miniature[0]['nccl'], 'resumed bit for bit')['plain attention']['stopped_after'] < 40
+    assert rows(miniature[0]['nccl'], 'resumed bit for bit')['plain attention']['stopped_after'] < 80
 
 def test_the_batch_has_borders(miniature):
     losses = rows(miniature[0]['parity'], 'the batch has borders of documents')['loss']
@@ -134,13 +134,13 @@ def test_stopped_by_a_signal(tmp_path):
     temporary.mkdir()
     command = [sys.executable, str(KIT/'gpu.py'), '--form', 'cpu', '--out', str(tmp_path/'out'), '--parts', 'sync']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**gpu.os.environ, 'TMPDIR': str(temporary)})
+                               stderr=subprocess.STDOUT, env={**os.environ, 'TMPDIR': str(temporary)})
     seen = []
     for line in process.stdout:
         seen.append(line)
         if line.startswith('sync:'): break
     time.sleep(1)                                                    # it is on its way
-    process.send_signal(gpu.signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and 'stopped; the same command goes on' in rest, seen + [rest]
     record = json.loads(next((tmp_path/'out').iterdir()).joinpath('results.json').read_text())['parts']['sync']
@@ -213,3 +213,36 @@ def test_a_profile_counts_kernels_not_spans():
             return [Event('gemm', 5), Event('gemm', 7), Event('Optimizer.step#AdamW.step', 100),
                     Event('my span', 100, True)]
     assert gpu_step.kernels(Profile()) == Counter({'gemm': 12})
+
+# --- what cannot be had without a GPU, with a part of torch.cuda mocked ---------------------------
+
+class Desk(gpu.Desk):
+    "Keeps the rows"
+    def __init__(self, folder): super().__init__('cpu', folder, 600); self.rows = []
+    def row(self, table, name, ok=None, **values): self.rows.append({'table': table, 'name': name, 'ok': ok, **values})
+
+def test_a_synchronisation_is_named(tmp_path, monkeypatch):
+    "`synchronize` and `set_sync_debug_mode` are mocked: what raises in a step is reported with its place in the package"
+    modes, desk = [], Desk(tmp_path)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
+    monkeypatch.setattr(gpu_parts, 'train_step', lambda run: gpu_step.clip_grad_norm([], -1.))
+    gpu_parts.no_synchronisation(desk, None, 'x')
+    monkeypatch.setattr(gpu_parts, 'train_step', lambda run: None)
+    gpu_parts.no_synchronisation(desk, None, 'y')
+    assert modes == ['error', 'default']*2 and [r['ok'] for r in desk.rows] == [False, True]
+    assert desk.rows[0]['place'].startswith('optim.py:') and 'max_grad_norm' in desk.rows[0]['why']
+
+def test_a_contestant_that_does_not_fit_leaves_and_the_others_go_on(tmp_path, monkeypatch):
+    "The error of a GPU without memory is raised by hand"
+    def full(*args): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(gpu_step, 'theirs', full)
+    desk = Desk(tmp_path)
+    contest = gpu_step.Contest(desk, 'toy', gpu_step.MINI, 2)
+    mine, them = (gpu_step.Contestant(code, attention='sdpa', micro=1) for code in ('llama_nb', 'transformers'))
+    for who in (them, mine): contest.enter(who, 1, 1)
+    contest.turns(2)
+    gpu_step.goals(desk, contest, 'toy')
+    assert desk.rows[0]['why'] == 'out of memory' and desk.rows[0]['ok'] is None
+    assert desk.rows[2]['how'] == 'taking turns' and desk.rows[2]['steps'] == 2 and desk.rows[2]['of_transformers'] is None
+    assert [r['got'] for r in desk.rows if r['table'] == 'goals'][1] is None
