@@ -33,6 +33,13 @@ def layout(name):
     run = load_run(CONFIGS/f'{name}.toml')
     return run, degrees(run.parallel, run.model, WORLD[name])
 
+def test_the_front_page_says_what_the_formula_gives():
+    rows = (CONFIGS.parent/'README.md').read_text(encoding='utf-8').splitlines()
+    for name, world in WORLD.items():
+        total = sum(memory_per_rank(load_run(CONFIGS/f'{name}.toml'), world).values())
+        row = next(line for line in rows if line.startswith(f'| [{name}]('))
+        assert row.endswith(f'| {total/1e9:.1f} |'), f'{row}: the formula gives {total/1e9:.1f}'
+
 @pytest.mark.parametrize('name', WORLD)
 def test_the_batch_is_shared_without_rest_and_the_estimate_fits(name):
     run, (r, s, t) = layout(name)

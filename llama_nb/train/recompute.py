@@ -35,9 +35,12 @@ def _wrap(block:nn.Module, around):
     block.forward = forward
 
 # %% ../../nbs/42_train.recompute.ipynb #linear
-_KEPT = {'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_flash_attention',
-         'aten::_scaled_dot_product_efficient_attention', 'aten::_scaled_dot_product_cudnn_attention', 'torch_attn::_varlen_attn', 'aten::_flash_attention_forward', 'aten::_efficient_attention_forward',
-         'llama_nb::attend_documents', 'llama_nb::attend_xformers',
+_KEPT = {'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm',
+         'llama_nb::row_product',                           # a product and the sum that completes it
+         'llama_nb::attend_documents', 'llama_nb::attend_xformers', 'torch_attn::_varlen_attn',
+         'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_flash_attention',
+         'aten::_scaled_dot_product_efficient_attention', 'aten::_scaled_dot_product_cudnn_attention',
+         'aten::_flash_attention_forward', 'aten::_efficient_attention_forward',
          '_c10d_functional::reduce_scatter_tensor', '_c10d_functional::all_reduce'}
 
 def _policy(context, operator, *args, **kwargs)->CheckpointPolicy:
@@ -48,9 +51,6 @@ def recompute_linear(block:nn.Module):
     "Keep the outputs of linear layers and of attention; recompute norms, rotations, SiLU and products (section 2.4)"
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     _wrap(block, lambda plain: partial(checkpoint, plain, use_reentrant=False, context_fn=contexts))
-
-# %% ../../nbs/42_train.recompute.ipynb #kept-whole
-_KEPT.add('llama_nb::row_product')                          # a product and the sum that completes it
 
 # %% ../../nbs/42_train.recompute.ipynb #linear-backward
 def linear_backward(dy:Tensor,        # (..., out)
