@@ -22,6 +22,7 @@ from .model.transformer import LLaMA
 from .parallel.mesh import end_rank, stop_ranks
 from .toy import toy, toy_config
 from .train.checkpoint import consolidate, latest_checkpoint, load_checkpoint
+from .train.host import prepare_run
 from .train.trainer import Trainer, fit, open_data
 
 # %% ../nbs/99_cli.ipynb #toy-command
@@ -35,7 +36,7 @@ class Toy:
 
     def run(self)->int:
         config = toy_config(self.out, self.steps, self.seed, self.device)
-        return 0 if toy(config) else 130
+        return 0 if toy(config, ready=prepare_run) else 130
 
 # %% ../nbs/99_cli.ipynb #tokenizer-command
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`"
     path, settings = ('', args) if not args or args[0].startswith('-') else (args[0], args[1:])
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
-    try: stopped = fit(Trainer(load_run(path, settings)))
+    try: stopped = fit(prepare_run(Trainer(load_run(path, settings))))
     finally: stop_ranks()
     return 128 + stopped if stopped else 0
 
