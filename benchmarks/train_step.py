@@ -1,16 +1,21 @@
-"""Speed and memory of one training step: this package, transformers' LlamaForCausalLM, and the matrix products alone.
+"""Speed and memory of one training step: this package, transformers' LlamaForCausalLM, and what both cannot do without:
+the matrix products alone, and those with the attention kernel.
 
-Same sizes, same batches, same loss, fused AdamW on both sides. Each contestant is a process of its own, so that peak memory is its own; they take turns, one step
-each, so that whatever else the machine does hits all alike. Writes benchmarks/NAME.md and .json, one row with every setting for each contestant.
+Same sizes, same batches, same loss, fused AdamW on both sides. Each contestant is a process of its own, so that peak
+memory is its own; they take turns, one step each, so that whatever else the machine does hits all alike. Each precision
+that the hardware multiplies natively is measured by itself, transformers in the same one. Writes benchmarks/NAME.md and
+.json, one row with every setting for each contestant.
 
     python benchmarks/train_step.py --help
+    python benchmarks/train_step.py --quick
     python benchmarks/train_step.py --dim 4096 --layers 32 --heads 32 --vocab 32000 --seq 2048 --batch 8 --micro 1 --dtype bfloat16 --no-together --name train_step_7B
 """
-import json, platform, resource, statistics, subprocess, sys, time
-from dataclasses import asdict, dataclass
+import json, os, platform, resource, statistics, subprocess, sys, time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')             # the profiler's own messages
 WARM_UP = 3
 
 @dataclass(frozen=True)
@@ -24,36 +29,57 @@ class Settings:
     micro:int=0               # sequences in one forward and backward pass; 0 = all of the batch
     seq:int=256               # tokens in a sequence
     rounds:int=25             # measured steps of each contestant
-    minutes:float=7.          # stop measuring after this time, with the rounds that are done by then
+    minutes:float=9.          # stop measuring after this time, with the rounds that are done by then
+    quick:bool=False          # 7 rounds and 3 minutes: a look, not a measurement
     device:str='auto'         # auto, cpu, cuda
-    dtype:str='float32'       # of the matrix products; weights and optimiser stay float32
+    dtype:str='auto'          # of the matrix products, float32 or bfloat16; auto: each that is native here. Weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers, ...
-    modes:tuple[str, ...]=('none', 'linear', 'manual') # recompute modes of ours
+    modes:tuple[str, ...]=('none', 'linear', 'manual', 'full') # recompute modes of ours
     compiled:bool=True        # also measure with torch.compile
-    compiled_modes:tuple[str, ...]=('none', 'budget')  # recompute modes of ours there
+    compiled_modes:tuple[str, ...]=('none', 'linear', 'budget', 'full')  # recompute modes of ours there
     budget:float=0.5          # of mode budget
     together:bool=True        # all contestants in memory at once, taking turns step by step; no: one process after the other, for sizes of which only one fits
     name:str='train_step'     # of the table
 
+ALONE, CORE = 'matrix products alone', 'matrix products and attention alone'
+
 @dataclass(frozen=True)
 class Contestant:
-    code:str                  # llama_nb, transformers, or matrix products alone
+    code:str                  # llama_nb, transformers, ALONE or CORE
     recompute:str='none'
     compiled:bool=False
-    prepared:bool=False       # by llama_nb.train.host.prepare_host: freed memory is kept, and products use the whole width of the registers
-    @property
-    def name(self): return ', '.join([self.code, *[f'recompute {self.recompute}']*(self.recompute != 'none'), *['compiled']*self.compiled, *['host prepared']*(self.prepared and self.code != 'llama_nb'),
-                                        *['host as it comes']*(not self.prepared and self.code == 'llama_nb')])
+    prepared:bool=False       # by llama_nb.train.host.prepare_host, as the command line does
+    dtype:str='float32'
 
-def contestants(s):
-    "Who takes part: on a CPU ours prepares the host as its trainer does, and transformers runs as it comes and on a prepared host too"
+    @property
+    def alone(self): return self.code in (ALONE, CORE)
+
+    @property
+    def name(self):
+        words = [self.code]
+        if self.recompute != 'none': words.append(f'recompute {self.recompute}')
+        if self.compiled: words.append('compiled')
+        if self.prepared and self.code != 'llama_nb': words.append('host prepared')
+        if not self.prepared and self.code == 'llama_nb': words.append('host as it comes')
+        return ', '.join(words)
+
+def contestants(s, dtype, wide):
+    """Who takes part in one precision: on a CPU ours prepares the host as its command line does, and transformers runs
+    as it comes and on a prepared host too"""
     cpu = device_of(s).type == 'cpu'
-    found = [Contestant('matrix products alone', prepared=prepared) for prepared in (False, True)[:1 + cpu]]
+    found = [Contestant(ALONE, prepared=prepared) for prepared in (False, True)[:1 + wide]]
+    found.append(Contestant(CORE, prepared=cpu))
     for compiled in (False, True)[:1 + s.compiled]:
-        found += [Contestant('llama_nb', mode, compiled, True) for mode in (s.compiled_modes if compiled else s.modes)]
+        found += [Contestant('llama_nb', mode, compiled, cpu) for mode in (s.compiled_modes if compiled else s.modes)]
         if cpu and not compiled: found.append(Contestant('llama_nb'))
         found += [Contestant('transformers', 'none', compiled, prepared) for prepared in (False, True)[:1 + cpu]]
-    return found
+    return [replace(who, dtype=dtype) for who in found]
+
+def dtypes_of(s):
+    "The precisions to measure"
+    from llama_nb.core import native_bfloat16
+    if s.dtype != 'auto': return [s.dtype]
+    return ['float32', 'bfloat16'] if native_bfloat16(device_of(s)) else ['float32']
 
 def device_of(s):
     from llama_nb.core import pick_device
@@ -109,13 +135,21 @@ def training_step(s, who, device, dtype):
         return loss
     return step, 12*sum(p.numel() for p in model.parameters())
 
-def products_step(s, device, dtype):
-    "The products of the linear layers, forward and backward, and nothing else"
+def products_step(s, device, dtype, attention):
+    "The products of the linear layers, forward and backward, and attention's kernel if asked; nothing else"
+    import torch
     from llama_nb.scale.flops import _three_products, model_products
     shapes = model_products(model_config(s), (s.micro or s.batch)*s.seq)*(s.batch//(s.micro or s.batch))
     runs = {shape: _three_products(*shape, dtype, device) for shape in set(shapes)}
+    c, rows = model_config(s), s.micro or s.batch
+    q, k, v = (torch.randn(rows, s.seq, c.n_heads, c.head_dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+               for _ in range(3))
+    def attend():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), out.detach())
     def step():
         for shape in shapes: runs[shape]()
+        for _ in range(c.n_layers*(s.batch//rows) if attention else 0): attend()
     return step
 
 def peak_of_tensors(step, device, held):
@@ -128,14 +162,14 @@ def peak_of_tensors(step, device, held):
     for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()): now += e.nbytes(); top = max(top, now)
     return held + top
 
-def worker(s, who):
+def worker(s, who, verdict):
     "One step for each line on stdin; answer with seconds, page faults, peak memory and loss. The line `memory` asks for the peak of the tensors"
     import torch
     from llama_nb.core import pick_dtype
     from llama_nb.train.host import prepare_host
-    device, dtype = device_of(s), pick_dtype(s.dtype)
-    if who.prepared and device.type == 'cpu': prepare_host()
-    if who.code.startswith('matrix'): step, held = products_step(s, device, dtype), 0
+    device, dtype = device_of(s), pick_dtype(who.dtype)
+    if who.prepared and device.type == 'cpu': prepare_host(verdict)
+    if who.alone: step, held = products_step(s, device, dtype, who.code == CORE), 0
     else: step, held = training_step(s, who, device, dtype)
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     print('ready', flush=True)
@@ -146,8 +180,9 @@ def worker(s, who):
         seconds, faults = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before.ru_minflt
         print(json.dumps({'seconds': seconds, 'faults': faults, 'loss': loss if loss is None else loss.item()}), flush=True)
 
-def start(s, who):
-    w = subprocess.Popen([sys.executable, __file__, '--worker', json.dumps(asdict(s)), json.dumps(asdict(who))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start(s, who, verdict):
+    told = [json.dumps(x) for x in (asdict(s), asdict(who), verdict)]
+    w = subprocess.Popen([sys.executable, __file__, '--worker', *told], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     w.stdout.readline()
     return w
 
@@ -157,11 +192,12 @@ def ask(w, line='step'):
     if not answer: raise SystemExit('a contestant ended early; its message is above')
     return json.loads(answer)
 
-def measure(s, who_all):
+def measure(s, who_all, verdict, minutes):
     "contestant -> (answers of the measured rounds, memory)"
-    end, answers, memory = time.monotonic() + 60*s.minutes, {who: [] for who in who_all}, {}
+    end, answers, memory = time.monotonic() + 60*minutes, {who: [] for who in who_all}, {}
     for group in [who_all] if s.together else [[who] for who in who_all]:
-        workers, share = {who: start(s, who) for who in group}, end if s.together else time.monotonic() + 60*s.minutes/len(who_all)
+        workers = {who: start(s, who, verdict) for who in group}
+        share = end if s.together else time.monotonic() + 60*minutes/len(who_all)
         for i in range(s.rounds + WARM_UP):
             got = {who: ask(w) for who, w in workers.items()}
             if i >= WARM_UP:
@@ -171,28 +207,39 @@ def measure(s, who_all):
     return {who: (answers[who], memory[who]) for who in who_all}
 
 def cpu_name():
+    "Maker, family, model and name of the processor, and what PyTorch makes of its registers"
+    import torch
+    from llama_nb.core import native_bfloat16
+    from llama_nb.train.host import processor
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
+    named = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.processor())
+    width = f'{torch.backends.cpu.get_cpu_capability()}, {"native" if native_bfloat16() else "no native"} bfloat16'
+    return f'{named} ({processor()}; {width})'
 
 def device_name(s):
     import torch
-    return torch.cuda.get_device_name() if device_of(s).type == 'cuda' else f'{cpu_name()}, {torch.get_num_threads()} threads'
+    if device_of(s).type == 'cuda': return torch.cuda.get_device_name()
+    return f'{cpu_name()}, {torch.get_num_threads()} threads'
 
-def peak_of(s, products):
+def peak_of(s, dtype, products):
     "The peak for MFU: published for a GPU, the median of the matrix products in this run for a CPU"
     from llama_nb.scale.flops import Peak, device_peak, model_products
-    if device_of(s).type == 'cuda': return device_peak(device_name(s), s.dtype)
-    return Peak(sum(6*n*k*m for n, k, m in model_products(model_config(s), s.batch*s.seq))/products, 'cpu', s.dtype, 'measured')
+    if device_of(s).type == 'cuda': return device_peak(device_name(s), dtype)
+    flops = sum(6*n*k*m for n, k, m in model_products(model_config(s), s.batch*s.seq))
+    return Peak(flops/products, 'cpu', dtype, 'measured')
 
 def row(s, who, got, memory, base, peak):
     "Every setting and every number of one contestant"
     from llama_nb.scale.flops import hfu, mfu
     median = statistics.median(a['seconds'] for a in got)
     numbers = {'rounds': len(got), 'median_ms': 1000*median, 'best_ms': 1000*min(a['seconds'] for a in got), 'faults': statistics.median(a['faults'] for a in got), **memory}
-    if who.code.startswith('matrix'): return {**asdict(who), **numbers, 'gflops': peak.flops/1e9 if peak.source == 'measured' else None}
+    if who.alone:
+        return {**asdict(who), **numbers, 'gflops': peak.flops/1e9 if peak.source == 'measured' else None}
     rate, c = s.batch*s.seq/median, model_config(s)
-    return {**asdict(who), 'attention': s.attention if who.code == 'llama_nb' else 'sdpa', **numbers, 'tokens_per_second': rate, 'ratio': base[who.compiled]/median,
-            'mfu': mfu(rate, c, s.seq, peak).share, 'hfu': None if who.recompute == 'budget' else hfu(rate, c, s.seq, peak, who.recompute).share, 'loss': got[-1]['loss']}
+    attention = s.attention if who.code == 'llama_nb' else 'sdpa'
+    hardware = None if who.recompute == 'budget' else hfu(rate, c, s.seq, peak, who.recompute).share
+    return {**asdict(who), 'attention': attention, **numbers, 'tokens_per_second': rate, 'ratio': base[who.compiled]/median,
+            'mfu': mfu(rate, c, s.seq, peak).share, 'hfu': hardware, 'loss': got[-1]['loss']}
 
 def table(rows):
     lines = ['| | attention | tokens/s | of transformers | MFU | HFU | median ms | page faults a step | peak of tensors, MB | peak of the process, MB |', '|---|---|---|---|---|---|---|---|---|---|']
@@ -201,30 +248,76 @@ def table(rows):
         lines.append(f'| {name} | {r["attention"]} | {r["tokens_per_second"]:,.0f} | {r["ratio"]:.2f} | {r["mfu"]:.0%} | {"" if r["hfu"] is None else format(r["hfu"], ".0%")} | {r["median_ms"]:.0f} | {r["faults"]:,.0f} | {r["tensors_mb"]:,.0f} | {r["process_mb"]:,.0f} |')
     return lines
 
+def medians_of(got): return {who: statistics.median(a['seconds'] for a in answers) for who, (answers, _) in got.items()}
+
+def rows_of(s, dtype, got):
+    "The rows of one precision, and the peak they are compared with"
+    medians = medians_of(got)
+    base = {who.compiled: m for who, m in medians.items() if who.code == 'transformers' and not who.prepared}
+    peak = peak_of(s, dtype, min(m for who, m in medians.items() if who.code == ALONE))
+    return {who.name: row(s, who, *got[who], base, peak) for who in got}, peak
+
+def headline(dtype, rows):
+    "What the table says, in words"
+    ours = {name: r for name, r in rows.items() if r['code'] == 'llama_nb' and r['prepared'] == rows[core_name(rows)]['prepared']}
+    best = {r['compiled']: r['ratio'] for r in ours.values() if r['recompute'] == 'none'}
+    least = min(ours, key=lambda name: ours[name]['ratio'])
+    core, mine, theirs = (rows[name]['median_ms'] for name in (core_name(rows), 'llama_nb', 'transformers'))
+    compiled = f', {best[True]:.2f} compiled' if True in best else ''
+    return (f'**{dtype}: {best[False]:.2f} times transformers{compiled}.** The least of all modes is {ours[least]["ratio"]:.2f} ({least}). '
+            f'Matrix products and the attention kernel, which both programs call, are {core/mine:.0%} of our step: '
+            f'with everything else for nothing it would be {theirs/core:.2f}.')
+
+def core_name(rows): return next(name for name, r in rows.items() if r['code'] == CORE)
+
+def report_of(s, about, tables, verdict):
+    "The lines of NAME.md"
+    cpu = device_of(s).type == 'cpu'
+    turns = 'taking turns step by step' if s.together else 'one after the other'
+    lines = ['# One training step', '',
+             f'Measured {about["date"]} on {about["device_name"]}, Python {about["python"]}, torch {about["torch"]}, '
+             f'transformers {about["transformers"]}. {about["n_params"]:,} parameters (width {s.dim}, {s.layers} layers, '
+             f'{s.heads} heads, vocabulary {s.vocab}), {s.batch} sequences of {s.seq} tokens, {s.micro or s.batch} at a time; '
+             f'forward, backward, clipping and fused AdamW. Medians of {about["measured_rounds"]} rounds, one process each, {turns}.', '']
+    for dtype, (rows, peak) in tables.items(): lines += [headline(dtype, rows), '']
+    if 'bfloat16' not in tables: lines += ['bfloat16 was not measured' + ('.' if s.dtype != 'auto' else ': this hardware has no instructions for it.'), '']
+    for dtype, (rows, peak) in tables.items():
+        measured = ', the better rate of "matrix products alone" in this run' if peak.source == 'measured' else ''
+        lines += [f'## {dtype}', '', *table(rows), '', f'MFU and HFU are shares of {peak}{measured}.', '']
+    lines += ['"Of transformers" compares with transformers as it comes in the same precision, compiled rows with it compiled. '
+              'MFU and HFU count 6 a matrix weight and 12 t d a layer and token (HFU: recomputed products too; empty where the '
+              'compiler decides what to repeat).', '']
+    if cpu:
+        from llama_nb.train.host import prepare_host
+        lines += ['llama_nb runs as its command line runs it, which prepares the host (`llama_nb.train.host`): glibc keeps freed '
+                  'memory, and the faster library multiplies. Here: ' + prepare_host(verdict) + '. "Host prepared" does the same '
+                  'for the others. The peak of the process holds the imported libraries too. GPU: not measured.', '']
+    return [*lines, 'Made by `python benchmarks/train_step.py`.']
+
 def main(s):
     import torch, transformers
-    got, c = measure(s, contestants(s)), model_config(s)
-    medians = {who: statistics.median(a['seconds'] for a in answers) for who, (answers, _) in got.items()}
-    base = {who.compiled: m for who, m in medians.items() if who.code == 'transformers' and not who.prepared}
-    peak = peak_of(s, min(m for who, m in medians.items() if who.code.startswith('matrix')))
-    rows = {who.name: row(s, who, *got[who], base, peak) for who in got}
-    about = {**asdict(s), 'n_params': c.n_params, 'device_name': device_name(s), 'python': platform.python_version(), 'torch': torch.__version__, 'transformers': transformers.__version__, 'date': time.strftime('%Y-%m-%d'),
-             'peak': str(peak), 'convention': 'matrices, attention'}
-    (HERE/f'{s.name}.json').write_text(json.dumps({'settings': about, 'rows': rows}, indent=1) + '\n')
-    lines = ['# One training step', '', f'Measured {about["date"]} on {about["device_name"]}, Python {about["python"]}, torch {about["torch"]}, transformers {about["transformers"]}. '
-             f'{c.n_params:,} parameters (width {s.dim}, {s.layers} layers, {s.heads} heads, vocabulary {s.vocab}), {s.batch} sequences of {s.seq} tokens, {s.micro or s.batch} at a time, {s.dtype}; forward, backward, clipping and fused AdamW. '
-             f'Medians of {min(len(a) for a, _ in got.values())} rounds, one process each, ' + ('taking turns step by step.' if s.together else 'one after the other.'), '', *table(rows), '',
-             f'MFU and HFU count {"6 a matrix weight and 12 t d a layer and token"} (HFU: recomputed products too; empty where the compiler decides what to repeat), of {peak}' + (', the better of the two rates of "matrix products alone" in this run.' if peak.source == 'measured' else '.'), '']
-    if device_of(s).type == 'cpu':
-        from llama_nb.train.host import wide_products_problem
-        lines += ['llama_nb runs as its trainer runs it, which prepares the host (`llama_nb.train.host`): glibc keeps freed memory, and large float32 products go to oneDNN where oneMKL would use half of the registers'
-                  + (f' (not here: {problem})' if (problem := wide_products_problem()) else '') + '; "host prepared" does the same for the others. The peak of the process holds the imported libraries too. GPU: not measured.', '']
-    lines += ['Compiled rows are compared with transformers compiled. Made by `python benchmarks/train_step.py`.']
+    from llama_nb.train.host import judge_products
+    if s.quick: s = replace(s, rounds=7, minutes=3., name=f'{s.name}_quick' if s.name == 'train_step' else s.name)
+    verdict, dtypes = judge_products() if device_of(s).type == 'cpu' else {'wide': False}, dtypes_of(s)
+    tables, rounds = {}, []
+    for dtype in dtypes:
+        got = measure(s, contestants(s, dtype, verdict['wide']), verdict, s.minutes/len(dtypes))
+        tables[dtype] = rows_of(s, dtype, got)
+        rounds.append(min(len(answers) for answers, _ in got.values()))
+    c = model_config(s)
+    about = {**asdict(s), 'n_params': c.n_params, 'device_name': device_name(s), 'python': platform.python_version(),
+             'torch': torch.__version__, 'transformers': transformers.__version__, 'date': time.strftime('%Y-%m-%d'),
+             'measured_rounds': min(rounds), 'host': verdict, 'convention': 'matrices, attention'}
+    about['load'] = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
+    results = {dtype: {'peak': str(peak), 'rows': rows} for dtype, (rows, peak) in tables.items()}
+    results = {'settings': about, **next(iter(results.values())), 'precisions': results}
+    (HERE/f'{s.name}.json').write_text(json.dumps(results, indent=1) + '\n')
+    lines = report_of(s, about, tables, verdict)
     (HERE/f'{s.name}.md').write_text('\n'.join(lines) + '\n')
     print('\n'.join(lines))
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--worker']: worker(Settings(**json.loads(sys.argv[2])), Contestant(**json.loads(sys.argv[3])))
+    if sys.argv[1:2] == ['--worker']: worker(Settings(**json.loads(sys.argv[2])), Contestant(**json.loads(sys.argv[3])), json.loads(sys.argv[4]))
     else:
         import tyro
         main(tyro.cli(Settings))

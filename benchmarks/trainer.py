@@ -41,7 +41,7 @@ def open_run(folder, s, ranks):
     model = ModelConfig(s.dim, s.layers, s.heads, vocab_size=s.vocab, multiple_of=32, max_seq_len=s.seq)
     steps = 3*s.block*(s.rounds + 1) + 2
     return Trainer(RunConfig(str(folder/'run'), model, DataConfig(str(folder/'tokens'), seq_len=s.seq, batch_size=s.batch),
-                             TrainConfig(steps=steps, micro_batch_size=s.batch//ranks, save_every=steps, keep=1), OptimConfig(warmup_steps=10)))
+                             TrainConfig(steps=steps, micro_batch_size=s.batch//ranks, dtype='float32', save_every=steps, keep=1), OptimConfig(warmup_steps=10)))
 
 def block(run, s, kind):
     "Seconds of each step of a block, and of those the seconds in which it waited for text and in which the loop stood still for saving"

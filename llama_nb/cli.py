@@ -22,6 +22,7 @@ from .model.transformer import LLaMA
 from .parallel.mesh import end_rank, last_words, stop_ranks
 from .toy import toy, toy_config
 from .train.checkpoint import consolidate, latest_checkpoint, load_checkpoint
+from .train.host import prepare_run
 from .train.trainer import Trainer, fit, open_data
 
 # %% ../nbs/99_cli.ipynb #toy-command
@@ -38,7 +39,7 @@ class Toy:
     def run(self)->int:
         pick_device(self.device)                         # before anything is made
         config = toy_config(self.out, self.steps, self.seed, self.device)
-        return 0 if toy(config) else 130
+        return 0 if toy(config, ready=prepare_run) else 130
 
 # %% ../nbs/99_cli.ipynb #tokenizer-command
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`"
     path, settings = ('', args) if not args or args[0].startswith('-') else (args[0], args[1:])
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
-    stopped = fit(Trainer(load_run(path, settings)))
+    stopped = fit(prepare_run(Trainer(load_run(path, settings))))
     stop_ranks()
     return 128 + stopped if stopped else 0
 

@@ -147,7 +147,7 @@ class TrainConfig:
     micro_batch_size:int=setting(1, True, min=1, max=2**31 - 1)  # sequences in one forward and backward pass; divides data.batch_size
     seed:int=setting(0, min=0, max=2**63 - 1)                    # of the initial weights and of the order of the data
     device:str=setting('auto', True)                             # auto, cpu, cuda, cuda:1, mps
-    dtype:str='float32'       # type of the computation: float32 or bfloat16; weights stay float32
+    dtype:str='auto'          # of the matrix products: float32, bfloat16, or auto: bfloat16 where it is native; weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers
     recompute:str=setting('none', True)                          # what blocks keep for the backward pass: none (everything), full, linear, manual, budget
     memory_budget:float=setting(0.5, True, min=0, max=1)         # for budget: 0 keeps the inputs of a block, 1 all that the compiler would keep

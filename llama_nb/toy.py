@@ -103,7 +103,8 @@ def toy_config(out,           # the run's folder
     "The toy's run: 4 x 256 tokens a step"
     if steps < 2: raise UserError(f'steps must be at least 2, not {steps}')
     data = DataConfig(str(Path(out)/'tokens'/'train'), str(Path(out)/'tokens'/'held_out'), seq_len=model.max_seq_len, batch_size=4)
-    train = TrainConfig(steps=steps, micro_batch_size=4, seed=seed, device=device, eval_every=max(steps//6, 1), eval_sequences=64, save_every=max(steps//3, 1))
+    train = TrainConfig(steps=steps, micro_batch_size=4, seed=seed, device=device, dtype='float32',
+                        eval_every=max(steps//6, 1), eval_sequences=64, save_every=max(steps//3, 1))
     return RunConfig(str(out), model, data, train, OptimConfig(lr=3e-3, warmup_steps=max(steps//20, 1)))
 
 # %% ../nbs/98_toy.ipynb #write-samples
@@ -123,10 +124,11 @@ def write_samples(model, tokenizer:Tokenizer, path, n_tokens:int=120, temperatur
 def toy(config:RunConfig, # as from `toy_config`
         progress:bool=True,
         report=print,
+        ready=lambda run: run, # called with the Trainer before it trains, such as `prepare_run`
        )->dict|None:      # the results, or None if it was stopped
     "Prepare, train, measure, sample: everything once, in one folder"
     tokenizer, zlib_bits = prepare(config.out, config.model.vocab_size, report)
-    run = Trainer(config, report=report)
+    run = ready(Trainer(config, report=report))
     report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {config.data.batch_size*config.data.seq_len:,} tokens on {run.device}')
     if fit(run, progress): return None
     nats = evaluate(run.model, run.held_out, config.data.seq_len)[0].item()

@@ -99,6 +99,7 @@ batch_size = 8
 steps = {steps}
 micro_batch_size = 4
 device = "cpu"
+dtype = "float32"
 eval_every = 1000
 save_every = {save_every}
 [optim]

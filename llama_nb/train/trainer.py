@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['forward_loss', 'accumulate', 'flops_per_token', 'attention_model', 'check_settings', 'open_data', 'open_folder',
-           'evaluate', 'build_model', 'Trainer', 'train_step', 'next_batch', 'OnTheWay', 'finish_step', 'run_tensors',
-           'save', 'resume', 'fit', 'Diary', 'quiet_gc']
+           'evaluate', 'build_model', 'settle_dtype', 'dtype_line', 'Trainer', 'train_step', 'next_batch', 'OnTheWay',
+           'finish_step', 'run_tensors', 'save', 'resume', 'fit', 'Diary', 'quiet_gc']
 
 # %% ../../nbs/61_train.trainer.ipynb #imports
 import gc, math, socket, sys, time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from ..config import ModelConfig, RunConfig, differences, dump_run, load_run
-from ..core import UserError, choose, pick_dtype, write_atomic
+from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
 from ..data.mixture import Loader, batch_borders, check_loader_state, loader_state, prefetch
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
@@ -28,7 +29,6 @@ from ..parallel.mesh import data_rank, degrees, last_words, make_mesh, rank_and_
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, Patience, SpikeGuard, collective_seconds, stop_on_signal, watchdog
-from .host import prepare_host
 from .loss import chunked_loss_sum
 from .metrics import Metrics, plot_loss, read_metrics
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
@@ -162,13 +162,30 @@ def build_model(config:RunConfig,
     else: model.to_empty(device=device)
     return model
 
+# %% ../../nbs/61_train.trainer.ipynb #settle-dtype
+def settle_dtype(config:RunConfig, device:torch.device)->RunConfig:
+    "`config` with a `train.dtype` of `auto` replaced: by the one that its run was begun with, else by what `device` multiplies natively"
+    if config.train.dtype != 'auto': return config
+    path = Path(config.out)/'config.toml'
+    begun = load_run(path).train.dtype if path.exists() else 'auto'
+    dtype = str(pick_dtype(begun, device)).removeprefix('torch.')
+    return replace(config, train=replace(config.train, dtype=dtype))
+
+def dtype_line(asked:RunConfig, settled:RunConfig, device:torch.device)->str: # empty if there is nothing to say
+    "What a run should say about the type it computes in"
+    slow = settled.train.dtype == 'bfloat16' and not native_bfloat16(device)
+    if slow: return f'train.dtype is bfloat16, for which this {device.type} has no instructions of its own: correct, but slow'
+    return f'train.dtype auto is {settled.train.dtype} here' if asked.train.dtype == 'auto' else ''
+
 # %% ../../nbs/61_train.trainer.ipynb #trainer
 class Trainer:
     "One run of `config`, at the step where its folder left off, on the ranks that torchrun has started. Raises `UserError` where configuration, data and folder do not fit"
     def __init__(self, config:RunConfig, report=tqdm.write):
+        limit, asked = collective_seconds(config.train.hang_minutes), config    # of every group
+        self.device = start_ranks(config.train.device, limit)
+        config = from_main(lambda: settle_dtype(asked, self.device))
         c, self.config, self.step, self.batches, self.got = config.train, config, 0, None, []
-        limit = collective_seconds(c.hang_minutes)                      # for every group
-        self.device, self.dtype = start_ranks(c.device, limit), pick_dtype(c.dtype)
+        self.dtype = pick_dtype(c.dtype)
         self.rank, self.ranks = rank_and_size()
         self.report = report if self.rank == 0 else lambda line: None
         sizes = degrees(config.parallel, config.model, self.ranks)
@@ -179,7 +196,7 @@ class Trainer:
         self.bos_id = Tokenizer(self.loader.shards.folder/'tokenizer.model').bos_id if config.data.documents == 'separate' else None
         self._same_data()
         self.out = from_main(lambda: open_folder(config, self.loader.shards))
-        if self.device.type == 'cpu': prepare_host()
+        if line := dtype_line(asked, config, self.device): self.report(line)
         torch.manual_seed(c.seed)
         self.patience, self.saver = Patience(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every, limit)
         path = ckpt.latest_checkpoint(self.out/'checkpoints', report=self.report)
