@@ -76,13 +76,14 @@ def flops_per_token(c:ModelConfig,
     return 6*(c.n_params - c.vocab_size*c.dim) + 12*c.n_layers*c.dim*seq_len
 
 # %% ../../nbs/61_train.trainer.ipynb #check-settings
-def attention_model(config:RunConfig)->tuple[torch.dtype, int, bool]: # type, head width, packed documents: what a backend must be able to do
-    return pick_dtype(config.train.dtype), config.model.head_dim, config.data.documents == 'separate'
+def attention_model(config:RunConfig, device:torch.device)->tuple[torch.dtype, int, bool]: # type, head width, packed documents
+    "What an attention backend must be able to do"
+    return pick_dtype(config.train.dtype, device), config.model.head_dim, config.data.documents == 'separate'
 
 def check_settings(config:RunConfig, device:torch.device, sharers:int, tensor:int):
     "Raise `UserError` for settings that cannot run on this device with a batch for `sharers` ranks and products for `tensor` ranks"
     c, d, micro = config.train, config.data, config.train.micro_batch_size
-    pick_backend(c.attention, device, *attention_model(config))
+    pick_backend(c.attention, device, *attention_model(config, device))
     choose(dict.fromkeys(('cross', 'separate')), d.documents, 'data.documents')
     choose(dict.fromkeys(('off', 'blocks')), c.compile, 'train.compile')
     choose(RECOMPUTE, c.recompute, 'recompute mode')
@@ -121,7 +122,7 @@ def open_folder(config:RunConfig, shards:TokenShards)->Path:
 def evaluate(model:LLaMA,
              shards:TokenShards,
              seq_len:int,
-             limit:int=0,             # at most so many sequences; all if 0
+             limit:int=0,             # at most so many sequences, spread over the text; all if 0
              batch_size:int=16,
              dtype:torch.dtype=torch.float32,
              bos_id:int=None,         # if given, documents that begin with it do not see each other
@@ -129,7 +130,7 @@ def evaluate(model:LLaMA,
             )->Tensor:                # (2,) float64: sum of the loss in nats, number of targets, on this rank
     "Loss over the text in `shards`, cut into windows that begin where the last one ended"
     device, (rank, ranks), sums = next(model.parameters()).device, share, []
-    starts = range(0, shards.n_tokens - 1, seq_len)[:limit or None]
+    starts = _spread(range(0, shards.n_tokens - 1, seq_len), limit)
     rows = [_row(shards, starts[i] if i < len(starts) else shards.n_tokens, seq_len) for i in range(rank, -(-len(starts)//ranks)*ranks, ranks)]
     for i in range(0, len(rows), batch_size):
         both = torch.stack(rows[i:i+batch_size])
@@ -138,6 +139,11 @@ def evaluate(model:LLaMA,
         x, y = x.to(device), y.to(device)
         sums.append(torch.stack([forward_loss(model, x, y, dtype, borders), (y != -100).sum()]).cpu().double())
     return torch.stack(sums).sum(0)
+
+def _spread(places:range, limit:int):
+    "At most `limit` of `places`, as far apart as can be"
+    n = len(places)
+    return [places[i*n//limit] for i in range(limit)] if 0 < limit < n else places
 
 def _row(shards:TokenShards, start:int, seq_len:int)->Tensor: # (seq_len + 1,) int64, filled up with -100
     ids = torch.from_numpy(shards.read(start, min(start + seq_len + 1, shards.n_tokens)).astype('int64'))
@@ -152,12 +158,12 @@ def build_model(config:RunConfig,
     "The network of a run on `device`, with the weights of the run's seed"
     c = config.train
     with torch.device('meta'): model = LLaMA(config.model)
-    pick_backend(c.attention, device, *attention_model(config))         # tried now, before anything is compiled
+    pick_backend(c.attention, device, *attention_model(config, device))         # tried now, before anything is compiled
     for layer in model.layers: layer.attention.backend = c.attention
     if mesh: apply_tensor_parallel(model, mesh['tensor'], config.parallel.sequence)
     apply_recompute(model, c.recompute, c.memory_budget)
     for layer in model.layers if c.compile == 'blocks' else (): layer.compile(fullgraph=True)
-    if mesh: apply_data_parallel(model, mesh, pick_dtype(c.dtype))
+    if mesh: apply_data_parallel(model, mesh, pick_dtype(c.dtype, device))
     if draw: materialize(model, c.seed, device)
     else: model.to_empty(device=device)
     return model
@@ -201,7 +207,7 @@ class Trainer:
         self.patience, self.saver = Patience(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every, limit)
         path = ckpt.latest_checkpoint(self.out/'checkpoints', report=self.report)
         self.fused = async_tensor_parallel(self.mesh['tensor'], c.compile != 'off') if config.parallel.async_tensor else None
-        self.report(backend_report(c.attention, self.device, *attention_model(config)))
+        self.report(backend_report(c.attention, self.device, *attention_model(config, self.device)))
         self.model = build_model(config, self.device, self.mesh, draw=path is None)
         self.optimizer = make_optimizer(self.model, config.optim)
         if path: self._resume(path)
