@@ -162,9 +162,11 @@ def test_a_save_waits_for_the_gpu_that_its_tensors_are_on(monkeypatch, tmp_path)
     waited, saver = [], checkpoint.Saver(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device=None: waited.append(device))
-    monkeypatch.setattr(saver, '_copy', lambda name, t: t)
+    there = {n: SimpleNamespace(is_cuda=True, device=torch.device('cuda:1')) for n in 'ab'}
+    monkeypatch.setattr(checkpoint, 'plan_pieces', lambda tensors, group: checkpoint.Plan({}, {}, {}, there, {}))
+    monkeypatch.setattr(saver.host, 'copy', lambda tensors: tensors)
     monkeypatch.setattr(saver, '_work', lambda *args: None)
-    saver.save(1, {'model': {n: SimpleNamespace(is_cuda=True, device=torch.device('cuda:1')) for n in 'ab'}}, {}); saver.wait()
+    saver.save(1, {}, {}); saver.wait()
     assert waited == [torch.device('cuda:1')]
 
 def test_one_gloo_group_beside_nccl_and_none_in_the_mesh(monkeypatch):
