@@ -22,7 +22,7 @@ def mesh_sizes(config:RunConfig, world_size:int)->tuple[int, int, int]: # replic
 _VECTORS = {'none': (2, 2, 4, 2), 'linear': (3, 0, 4, 2), 'manual': (2, 0, 4, 2), 'full': (1, 0, 0, 0)} # stream, gathered, heads, wide
 
 def number_bytes(config:RunConfig)->int:
-    "Of one number in the computation"
+    "Of one number in the computation; auto counts as on a GPU, bfloat16"
     return 4 if config.train.dtype == 'float32' else 2
 
 def kept_bytes(config:RunConfig,
@@ -97,7 +97,7 @@ def memory_per_rank(config:RunConfig,
     return max(memory_moments(config, world_size).values(), key=lambda parts: sum(parts.values()))
 
 # %% ../../nbs/71_scale.memory.ipynb #memory-text
-def memory_line(config:RunConfig, world_size:int=1)->str: # 45.3 GB = 10.1 weights and moments + ...
+def memory_line(config:RunConfig, world_size:int=1)->str: # 39.4 GB = 10.1 weights and moments + ...
     "The same in one line, in gigabytes of 10^9 bytes"
     p = {name: size/1e9 for name, size in memory_per_rank(config, world_size).items()}
     shown = {'weights and moments': p['weights'] + p['moments'], **{name: p[name] for name in ('gradients', 'activations', 'gathered weights', 'work')}}
