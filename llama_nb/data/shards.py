@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
-from ..core import UserError, bytes_digest, file_digest, publish_folder
+from ..core import TemporaryError, UserError, bytes_digest, file_digest, publish_folder
 
 # %% ../../nbs/21_data.shards.ipynb #document-tokens
 def token_dtype(vocab_size:int)->np.dtype: # little-endian
@@ -60,7 +60,7 @@ def write_shards(docs:Iterable,                # of Document
                  folder,                       # must not exist yet
                  tokens_per_shard:int=2**30,   # a shard is closed when it has so many
                 )->'TokenShards':
-    "Tokenise `docs` into a new folder of shards. Raises `UserError` for an empty corpus, a folder that is there or a full disk; a failure leaves nothing behind"
+    "Tokenise `docs` into a new folder of shards. Raises `UserError` for an empty corpus or a folder that is there, `TemporaryError` for a full disk; a failure leaves nothing behind"
     folder = Path(folder)
     if tokens_per_shard < 1: raise UserError(f'tokens_per_shard must be at least 1, not {tokens_per_shard}')
     if folder.exists(): raise UserError(f'{folder} is there already; remove it or choose another folder')
@@ -73,7 +73,7 @@ def write_shards(docs:Iterable,                # of Document
     except BaseException as e:
         shutil.rmtree(tmp, ignore_errors=True)
         if getattr(e, 'errno', None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-        raise UserError(f'no room for {folder} ({e.strerror}); nothing of it is left: free some space, or choose another disk') from None
+        raise TemporaryError(f'no room for {folder} ({e.strerror}); nothing of it is left: free some space, or choose another disk') from None
     return TokenShards(folder)
 
 # %% ../../nbs/21_data.shards.ipynb #token-shards
