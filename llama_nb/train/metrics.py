@@ -88,7 +88,9 @@ def plot_loss(rows:list[dict], # as from `read_metrics`
     done = [r for r in rows if r['loss'] is not None]                          # the others were skipped
     tokens, losses = [r['tokens'] for r in done], [r['loss'] for r in done]
     ax.plot(tokens, losses, lw=.5, alpha=.5, color='C0')
-    ax.plot(tokens, centred_mean(losses, len(losses)//40), color='C0', label='training')
+    half = len(losses)//40
+    end = len(losses) - half//2                                                # after it too few would be averaged
+    ax.plot(tokens[:end], centred_mean(losses, half)[:end], color='C0', label='training')
     measured = [(r['tokens'], r['held_out_loss']) for r in rows if 'held_out_loss' in r]
     if measured: ax.plot(*zip(*measured), 'o-', ms=3, color='C1', label='held out')
     ax.set(xlabel='tokens seen', ylabel='loss (nats a token)'); ax.legend(); ax.grid(alpha=.3)
