@@ -200,7 +200,6 @@ def graphs(desk):
         if desk.gpu:
             count_graphs(desk, run, 'linear', 'inductor', f'{backend}, {documents}, linear, Inductor')
         del run; free(desk)
-    desk.skip('mode manual', 'a backward pass by hand, which the trainer refuses to compile')
     if not desk.gpu: desk.skip('Inductor', 'minutes of compiling on a CPU; graphs are counted with aot_eager')
 
 def count_graphs(desk, run:Trainer, mode:str, compiler:str, name:str):
@@ -279,7 +278,7 @@ def parity(desk):
     "Every gradient against the same run in float32 with plain attention on the CPU: the norm of the difference over the norm"
     torch.set_float32_matmul_precision('highest')                                        # no TF32
     modes = [('none', 'off'), ('linear', 'off')]
-    if desk.gpu: modes += [('full', 'off'), ('manual', 'off'), ('linear', 'blocks'), ('budget', 'blocks')]
+    if desk.gpu: modes += [('full', 'off'), ('linear', 'blocks'), ('budget', 'blocks')]
     if not desk.gpu: desk.skip('compiled modes', 'minutes of compiling on a CPU')
     names = {n: backends(desk, 'reference', 'sdpa', 'xformers', dtype=pick_dtype(n),
                          k=SMALL[desk.form].head_dim) for n in LIMITS}
@@ -344,8 +343,7 @@ def counted_bytes(desk):
     got += [now, top]
 
 KEPT = {'full': lambda d, f: 2*d,                                # bytes in bfloat16: the block's input
-        'linear': lambda d, f: 14*d + 4*f,
-        'manual': lambda d, f: 12*d + 4*f}
+        'linear': lambda d, f: 12*d + 4*f}                       # and the outputs of linear layers, less that of w2
 
 def memory(desk):
     "What a block keeps for a token, from the difference between 3 blocks and 1, per mode; and the peak of a step"
@@ -380,7 +378,7 @@ def kept_bytes(desk, wide:ModelConfig, n_layers:int, backend:str, mode:str, comp
 def peaks(desk):
     "The most that is allocated during a step, against the package's formula"
     run = trainer(desk, ModelConfig(4096, 2, 32, vocab_size=8192) if desk.gpu else MINI, batch=4, micro=2)
-    for mode in ('none', 'linear', 'manual', 'full'):
+    for mode in ('none', 'linear', 'full'):
         apply_recompute(run.model, mode)
         # the optimiser's state is there
         for _ in range(2): train_step(run)

@@ -236,7 +236,7 @@ def step(desk):
     contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', ONE_B if desk.gpu else MINI, 8)
     def mine(mode, compiled='', attention=names[-1]): return Contestant('llama_nb', mode, compiled, micro, attention)
     them = [Contestant('transformers', 'none', '', micro, kind) for kind in flash()]*transformers_here(desk)
-    eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'manual', 'full'))]
+    eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'full'))]
     compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]), mine('none', 'blocks'),
                 *(mine('linear', 'blocks', other) for other in names[:-1]), mine('full', 'blocks'), mine('budget', 'blocks')]
     if not desk.gpu: desk.skip('compiled contestants', 'minutes of compiling on a CPU')

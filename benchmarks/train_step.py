@@ -34,7 +34,7 @@ class Settings:
     device:str='auto'         # auto, cpu, cuda
     dtype:str='auto'          # of the matrix products, float32 or bfloat16; auto: each that is native here. Weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers, ...
-    modes:tuple[str, ...]=('none', 'linear', 'manual', 'full') # recompute modes of ours
+    modes:tuple[str, ...]=('none', 'linear', 'full') # recompute modes of ours
     compiled:bool=True        # also measure with torch.compile
     compiled_modes:tuple[str, ...]=('none', 'linear', 'budget', 'full')  # recompute modes of ours there
     budget:float=0.5          # of mode budget
@@ -57,7 +57,7 @@ class Contestant:
     @property
     def name(self):
         words = [self.code]
-        if self.recompute != 'none': words.append(f'recompute {self.recompute}')
+        if self.recompute != 'none': words.append(f'recompute {self.recompute}' if self.code == 'llama_nb' else 'gradient checkpointing')
         if self.compiled: words.append('compiled')
         if self.prepared and self.code != 'llama_nb': words.append('host prepared')
         if not self.prepared and self.code == 'llama_nb': words.append('host as it comes')
@@ -65,14 +65,16 @@ class Contestant:
 
 def contestants(s, dtype, wide):
     """Who takes part in one precision: on a CPU ours prepares the host as its command line does, and transformers runs
-    as it comes and on a prepared host too"""
+    as it comes and on a prepared host too; where ours recomputes everything, it does too"""
     cpu = device_of(s).type == 'cpu'
     found = [Contestant(ALONE, prepared=prepared) for prepared in (False, True)[:1 + wide]]
     found.append(Contestant(CORE, prepared=cpu))
     for compiled in (False, True)[:1 + s.compiled]:
-        found += [Contestant('llama_nb', mode, compiled, cpu) for mode in (s.compiled_modes if compiled else s.modes)]
+        modes = s.compiled_modes if compiled else s.modes
+        found += [Contestant('llama_nb', mode, compiled, cpu) for mode in modes]
         if cpu and not compiled: found.append(Contestant('llama_nb'))
         found += [Contestant('transformers', 'none', compiled, prepared) for prepared in (False, True)[:1 + cpu]]
+        if 'full' in modes: found.append(Contestant('transformers', 'full', compiled))
     return [replace(who, dtype=dtype) for who in found]
 
 def dtypes_of(s):
@@ -109,6 +111,8 @@ def their_step(s, who, device, dtype):
                          rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len, tie_word_embeddings=False, use_cache=False)
     with device: model = LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == c.n_params
+    if who.recompute == 'full': getattr(model, 'activation_checkpointing_enable', model.gradient_checkpointing_enable)()
+    model.train()
     if who.compiled: model.compile()
     def run(inputs, targets):
         total = 0.
@@ -238,7 +242,7 @@ def row(s, who, got, memory, base, peak):
     rate, c = s.batch*s.seq/median, model_config(s)
     attention = s.attention if who.code == 'llama_nb' else 'sdpa'
     hardware = None if who.recompute == 'budget' else hfu(rate, c, s.seq, peak, who.recompute).share
-    return {**asdict(who), 'attention': attention, **numbers, 'tokens_per_second': rate, 'ratio': base[who.compiled]/median,
+    return {**asdict(who), 'attention': attention, **numbers, 'tokens_per_second': rate, 'ratio': base[who.compiled, 'full' if who.recompute == 'full' else 'none']/median,
             'mfu': mfu(rate, c, s.seq, peak).share, 'hfu': hardware, 'loss': got[-1]['loss']}
 
 def table(rows):
@@ -253,7 +257,7 @@ def medians_of(got): return {who: statistics.median(a['seconds'] for a in answer
 def rows_of(s, dtype, got):
     "The rows of one precision, and the peak they are compared with"
     medians = medians_of(got)
-    base = {who.compiled: m for who, m in medians.items() if who.code == 'transformers' and not who.prepared}
+    base = {(who.compiled, who.recompute): m for who, m in medians.items() if who.code == 'transformers' and not who.prepared}
     peak = peak_of(s, dtype, min(m for who, m in medians.items() if who.code == ALONE))
     return {who.name: row(s, who, *got[who], base, peak) for who in got}, peak
 
@@ -284,7 +288,8 @@ def report_of(s, about, tables, verdict):
     for dtype, (rows, peak) in tables.items():
         measured = ', the better rate of "matrix products alone" in this run' if peak.source == 'measured' else ''
         lines += [f'## {dtype}', '', *table(rows), '', f'MFU and HFU are shares of {peak}{measured}.', '']
-    lines += ['"Of transformers" compares with transformers as it comes in the same precision, compiled rows with it compiled. '
+    lines += ['"Of transformers" compares with transformers as it comes in the same precision, compiled rows with it compiled, '
+              'and recompute full, which repeats seven of 23 products by design, with its gradient checkpointing, which does the same. '
               'MFU and HFU count 6 a matrix weight and 12 t d a layer and token (HFU: recomputed products too; empty where the '
               'compiler decides what to repeat).', '']
     if cpu:

@@ -149,7 +149,7 @@ class TrainConfig:
     device:str=setting('auto', True)                             # auto, cpu, cuda, cuda:1, mps
     dtype:str='auto'          # of the matrix products: float32, bfloat16, or auto: bfloat16 where it is native; weights stay float32
     attention:str='auto'      # auto, reference, sdpa, xformers
-    recompute:str=setting('none', True)                          # what blocks keep for the backward pass: none (everything), full, linear, manual, budget
+    recompute:str=setting('none', True)                          # what blocks keep for the backward pass: none (everything), full, linear, budget
     memory_budget:float=setting(0.5, True, min=0, max=1)         # for budget: 0 keeps the inputs of a block, 1 all that the compiler would keep
     compile:str=setting('off', True)                             # off, or blocks: torch.compile for each block
     eval_every:int=setting(250, True, min=1, max=2**31 - 1)      # steps between measurements on the held-out text

@@ -18,8 +18,8 @@ from llama_nb.model.transformer import LLaMA, document_positions, init_weights
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh, run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
-from llama_nb.train.recompute import apply_recompute
-from llama_nb.train.trainer import Trainer, accumulate, check_settings, train_step
+from llama_nb.train.recompute import apply_recompute, recompute_selective
+from llama_nb.train.trainer import Trainer, accumulate, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_WHEEL = sys.platform == 'linux' and platform.machine() == 'x86_64'      # there xformers is a requirement
@@ -88,14 +88,16 @@ def test_borders_and_tokens():
 # what is kept, what is repeated
 
 @each_packing
-@pytest.mark.parametrize('mode, passes', [('none', 1), ('linear', 1), ('manual', 1), ('full', 2)])
+@pytest.mark.parametrize('mode, passes', [('none', 1), ('linear', 1), ('selective', 1), ('full', 2)])
 def test_attention_is_not_repeated(on_cpu, packed, mode, passes):
     "xformers' kernel counts for itself: once a layer and micro-batch, twice where everything is recomputed; gradients are those of the reference"
     found = {}
     for name in ('xformers', 'reference'):
         torch.manual_seed(0); model = LLaMA(CONFIG); init_weights(model, .2)
         for layer in model.layers: layer.attention.backend = name
-        apply_recompute(model, mode)
+        if mode == 'selective': # as `linear` where ranks share products
+            for layer in model.layers: recompute_selective(layer)
+        else: apply_recompute(model, mode)
         if name == 'xformers': pick_backend(name, torch.device('cpu'), BF16, 8, packed)   # its trial is not counted
         on_cpu.CALLS.clear(); step(model, packed)
         found[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -149,7 +151,7 @@ def fake_ranks():
     if started: dist.destroy_process_group()
 
 LAYOUTS = {'TP': ((1, 1, 2), False), 'TP+SP': ((1, 1, 2), True), 'FSDP': ((1, 2, 1), True), 'HSDP': ((2, 2, 1), True), 'HSDP x TP+SP': ((2, 2, 2), True)}
-WHERE = [(layout, mode) for layout in LAYOUTS for mode in ('linear',)] + [('FSDP', 'full'), ('FSDP', 'none')]
+WHERE = [(layout, 'linear') for layout in LAYOUTS] + [(layout, 'full') for layout in ('FSDP', 'TP', 'HSDP x TP+SP')] + [('FSDP', 'none')]
 
 @each_backend
 @each_packing
@@ -172,20 +174,9 @@ def test_a_compiled_run_is_compiled(run_file, documents, fresh):
     assert counters['stats']['unique_graphs'] >= 1 and not counters['graph_break'], (dict(counters['stats']), dict(counters['graph_break']))
     assert told == [{'fullgraph': True}]*2
 
-def test_manual_is_not_compiled(run_file):
-    "A backward pass by hand around a graph of its own cannot be compiled: said before anything is built"
-    with pytest.raises(UserError, match="use 'linear'"):
-        check_settings(load_run(run_file(3), ('--train.recompute', 'manual', '--train.compile', 'blocks')), torch.device('cpu'), 1, 1)
-
-def test_full_is_not_compiled_over_tensor_ranks(run_file):
-    "In torch 2.13 its compiled backward pass wants to save a device mesh, and fails in the first step"
-    run = load_run(run_file(3), ('--train.recompute', 'full', '--train.compile', 'blocks'))
-    check_settings(run, torch.device('cpu'), 1, 1)
-    with pytest.raises(UserError, match="use 'linear'"): check_settings(run, torch.device('cpu'), 1, 2)
-
 # real ranks
 
-def gradients_on_ranks(layout, backend, dtype):
+def gradients_on_ranks(layout, mode, backend, dtype):
     "Largest relative error of the gradients of compiled blocks with documents on these ranks, against one process, uncompiled, with the reference"
     if backend == 'xformers':
         import xformers_cpu; xformers_cpu.install()
@@ -195,7 +186,7 @@ def gradients_on_ranks(layout, backend, dtype):
     materialize(plain, 0, torch.device('cpu'))
     accumulate(plain, x, y, 2, dtype, batch_borders(x, 2, 1))
     right = {n: p.grad for n, p in plain.named_parameters()}
-    model = compiled_model(backend, 'linear', *LAYOUTS[layout])
+    model = compiled_model(backend, mode, *LAYOUTS[layout])
     rank, size = data_rank(make_mesh(LAYOUTS[layout][0], 'cpu'))
     x, y = x.chunk(size)[rank], y.chunk(size)[rank]
     accumulate(model, x, y, 1, dtype, batch_borders(x, 1, 1), count=torch.tensor(4*64))
@@ -204,10 +195,9 @@ def gradients_on_ranks(layout, backend, dtype):
     whole = lambda g: g.full_tensor() if hasattr(g, 'full_tensor') else g
     return max(((whole(p.grad) - right[n]).norm()/right[n].norm()).item() for n, p in model.named_parameters())
 
-@pytest.mark.parametrize('layout', ['TP+SP', 'FSDP'])
-@pytest.mark.parametrize('backend', BACKENDS)
-def test_documents_on_ranks(layout, backend):
-    for error in run_ranks('test_attention:gradients_on_ranks', 2, {'layout': layout, 'backend': backend, 'dtype': 'bfloat16'}, timeout=400):
+@pytest.mark.parametrize('layout, mode, backend', [('TP+SP', 'linear', 'xformers'), ('TP+SP', 'full', 'sdpa'), ('FSDP', 'linear', 'sdpa'), ('FSDP', 'linear', 'xformers')])
+def test_documents_on_ranks(layout, mode, backend):
+    for error in run_ranks('test_attention:gradients_on_ranks', 2, {'layout': layout, 'mode': mode, 'backend': backend, 'dtype': 'bfloat16'}, timeout=400):
         assert error < .05                                                                # bfloat16 through two layers; documents that see each other: above .3
 
 # no host, no layer

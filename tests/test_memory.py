@@ -46,7 +46,7 @@ def test_peak_of_a_rank(name, ranks, settings):
     got = worker('peak', str(CONFIGS/f'{name}.toml'), ranks, settings, timeout=850)
     assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/f'{name}.toml', settings), ranks).values()), rel=.05)
 
-@pytest.mark.parametrize('mode', ['linear', 'manual', 'full'])
+@pytest.mark.parametrize('mode', ['none', 'linear', 'full'])
 def test_peak_of_one_process(mode):
     settings = *ALONE, '--train.recompute', mode
     got = worker('peak', str(CONFIGS/'7B.toml'), 1, settings)

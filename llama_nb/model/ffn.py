@@ -45,7 +45,7 @@ def gated_linear(a:Tensor,         # (..., f) the gate
                  lean:bool=True,   # keep `a` and `c` only for the backward pass
                 )->Tensor:         # (..., d)
     "linear(silu(a)*c) (Shazeer 2020, equation 6)"
-    plain = not lean or torch.compiler.is_compiling() or type(linear.weight) is not nn.Parameter
+    plain = not lean or torch.compiler.is_compiling() or hasattr(linear.weight, 'placements') # a DTensor: ranks share the product
     return linear(F.silu(a)*c) if plain else _GatedLinear.apply(a, c, linear.weight)
 
 # %% ../../nbs/32_model.ffn.ipynb #feed-forward

@@ -107,12 +107,12 @@ def measure_matmul_peak(shapes:list[tuple[int, int, int]], # (rows, inner, colum
 
 # %% ../../nbs/70_scale.flops.ipynb #hardware-flops
 def hardware_flops(c:ModelConfig, seq_len:int,
-                   recompute:str='none', # none, linear, manual, full
+                   recompute:str='none', # none, linear, full
                    convention:str='matrices, attention',
                   )->float:              # FLOPs a token
     "Arithmetic that is really done, recomputed products included. Raises `UserError` for an unknown mode or convention"
     inside, _ = choose(CONVENTIONS, convention, 'convention')(c, seq_len)
-    again = {'none': 0, 'linear': 0, 'manual': 0, 'full': inside/3 - 2*c.n_layers*c.dim*c.ffn_dim}
+    again = {'none': 0, 'linear': 0, 'full': inside/3 - 2*c.n_layers*c.dim*c.ffn_dim}
     return training_flops(c, seq_len, convention) + choose(again, recompute, 'recompute mode')
 
 # %% ../../nbs/70_scale.flops.ipynb #utilisation
@@ -134,7 +134,7 @@ def mfu(tokens_per_second:float, # on one device
 
 def hfu(tokens_per_second:float, # on one device
         c:ModelConfig, seq_len:int, peak:Peak,
-        recompute:str,           # none, linear, manual, full
+        recompute:str,           # none, linear, full
         convention:str='matrices, attention',
        )->Utilisation:
     "Hardware FLOPs utilisation. Raises `UserError` for an unknown convention or mode"

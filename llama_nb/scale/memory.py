@@ -19,7 +19,7 @@ def mesh_sizes(config:RunConfig, world_size:int)->tuple[int, int, int]: # replic
     return p.replicate, shard, p.tensor
 
 # %% ../../nbs/71_scale.memory.ipynb #kept-bytes
-_VECTORS = {'none': (2, 2, 4, 2), 'linear': (3, 0, 4, 2), 'manual': (2, 0, 4, 2), 'full': (1, 0, 0, 0)} # stream, gathered, heads, wide
+_VECTORS = {'none': (2, 2, 4, 2), 'linear': (2, 0, 4, 2), 'full': (1, 0, 0, 0)} # stream, gathered, heads, wide
 
 def number_bytes(config:RunConfig)->int:
     "Of one number in the computation; auto counts as on a GPU, bfloat16"
@@ -33,7 +33,8 @@ def kept_bytes(config:RunConfig,
     c, mode = config.model, mode or config.train.recompute
     if mode not in _VECTORS: raise UserError(f'what recompute mode {mode!r} keeps is not known before it is compiled; choose from {", ".join(_VECTORS)}')
     stream, gathered, heads, wide = _VECTORS[mode]
-    if mode == 'none' and tensor > 1: wide = 4
+    if tensor > 1 and mode == 'none': wide = 4               # the gate by autograd
+    if tensor > 1 and mode == 'linear': stream = 3           # the output of w2, which selective checkpointing keeps
     cut = tensor if config.parallel.sequence else 1
     vectors = (gathered + stream/cut + heads/tensor)*c.dim + wide*c.ffn_dim/tensor
     rows = 4*c.n_heads/tensor if heads else 0
@@ -43,6 +44,7 @@ def _tokens(config:RunConfig)->int: return config.train.micro_batch_size*config.
 
 # %% ../../nbs/71_scale.memory.ipynb #sharded-moments
 def _block(config, n): c = config.model; return (4*c.dim**2 + 3*c.dim*c.ffn_dim)/n    # parameters of a block on a tensor rank
+def _by_hand(config, n): return config.train.recompute == 'linear' and n == 1
 def _output(config, n): return config.model.vocab_size*config.model.dim/n
 
 def _loss_bytes(config, n, chunk=512):
@@ -54,14 +56,14 @@ def _work_bytes(config, n):
     "Vectors of a block's backward pass, beside what it has kept"
     c, w, mode = config.model, number_bytes(config), config.train.recompute
     stream, wide = w*_tokens(config)*c.dim, w*_tokens(config)*c.ffn_dim/n
-    if mode == 'manual': return w*_block(config, n) + 10*stream
+    if _by_hand(config, n): return w*_block(config, n) + 10*stream
     again = kept_bytes(config, n, 'linear') - kept_bytes(config, n, 'full') if mode == 'full' else 0
     return 4*wide + (4 if n == 1 else 3)*stream + again
 
 def _sharded(config, s, n, kept, all_gradients):
     "The three moments of a rank whose weights are sharded: kept for the backward pass, gradients, gathered, work"
     w, block, ends, layers = number_bytes(config), _block(config, n), 2*_output(config, n), config.model.n_layers
-    first = (layers - (config.train.recompute != 'manual'))*kept            # by hand, a block lets go of all at its end
+    first = (layers - (not _by_hand(config, n)))*kept                        # by hand, a block lets go of all at its end
     return {'loss': (layers*kept, 0, w*(ends + block), _loss_bytes(config, n)),
             'backward': (first, 4*block/s, w*(ends + 2*block), w*ends/2 + 4*block + _work_bytes(config, n)),
             'end': (0, all_gradients, w*(ends + block), (w + 4)*ends)}
@@ -72,7 +74,7 @@ def _alone(config, kept, all_gradients):
     w, block, out, layers, mode = number_bytes(config), _block(config, 1), _output(config, 1), config.model.n_layers, config.train.recompute
     copies, one = (w*layers*block, w*block) if w == 2 else (0, 0)
     later = copies if mode == 'none' else one
-    work = _work_bytes(config, 1) + ((4 - w)*block if mode == 'manual' else 0)
+    work = _work_bytes(config, 1) + ((4 - w)*block if _by_hand(config, 1) else 0)
     return {'forward': (layers*kept, 0, copies, 0),
             'loss': (layers*kept, 0, later - one, _loss_bytes(config, 1) + w*out),
             'backward': (layers*kept, 4*out, later, work),
@@ -97,7 +99,7 @@ def memory_per_rank(config:RunConfig,
     return max(memory_moments(config, world_size).values(), key=lambda parts: sum(parts.values()))
 
 # %% ../../nbs/71_scale.memory.ipynb #memory-text
-def memory_line(config:RunConfig, world_size:int=1)->str: # 39.4 GB = 10.1 weights and moments + ...
+def memory_line(config:RunConfig, world_size:int=1)->str: # 38.2 GB = 10.1 weights and moments + ...
     "The same in one line, in gigabytes of 10^9 bytes"
     p = {name: size/1e9 for name, size in memory_per_rank(config, world_size).items()}
     shown = {'weights and moments': p['weights'] + p['moments'], **{name: p[name] for name in ('gradients', 'activations', 'gathered weights', 'work')}}

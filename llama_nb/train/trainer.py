@@ -87,9 +87,6 @@ def check_settings(config:RunConfig, device:torch.device, sharers:int, tensor:in
     choose(dict.fromkeys(('cross', 'separate')), d.documents, 'data.documents')
     choose(dict.fromkeys(('off', 'blocks')), c.compile, 'train.compile')
     choose(RECOMPUTE, c.recompute, 'recompute mode')
-    if c.recompute == 'manual' and c.compile == 'blocks': raise UserError("train.recompute 'manual' is a backward pass by hand, which cannot be compiled; use 'linear', which keeps the same outputs, or set train.compile to off")
-    if c.recompute == 'full' and c.compile == 'blocks' and tensor > 1:          # torch 2.13 puts a device mesh among the saved tensors
-        raise UserError("train.recompute 'full' cannot be compiled where ranks share products; use 'linear', or set train.compile to off")
     if d.batch_size % (sharers*micro): raise UserError(f'data.batch_size {d.batch_size} must be a multiple of {sharers} ranks x train.micro_batch_size {micro}')
     if config.parallel.async_tensor and tensor == 1: raise UserError('parallel.async_tensor is about products that ranks share; set parallel.tensor above 1, or leave it out')
     if config.parallel.sequence and d.seq_len % tensor: raise UserError(f'data.seq_len {d.seq_len} must be a multiple of parallel.tensor {tensor}; or set parallel.sequence to False')
