@@ -25,7 +25,7 @@ toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
 test: notebooks
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 versions: .venv/installed-dev
 	$(BIN)/python tools/versions.py

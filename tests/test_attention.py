@@ -23,7 +23,8 @@ from llama_nb.train.trainer import Trainer, accumulate, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_WHEEL = sys.platform == 'linux' and platform.machine() == 'x86_64'      # there xformers is a requirement
-BACKENDS = ['sdpa', pytest.param('xformers', marks=pytest.mark.skipif(not HAS_WHEEL, reason='xformers has wheels for Linux on x86 only'))]
+WHEEL = pytest.mark.skipif(not HAS_WHEEL, reason='xformers has wheels for Linux on x86 only')
+BACKENDS = ['sdpa', pytest.param('xformers', marks=WHEEL)]
 CONFIG = ModelConfig(64, 2, 8, vocab_size=64, multiple_of=32, max_seq_len=64)
 BF16 = torch.bfloat16
 
@@ -152,9 +153,9 @@ def fake_ranks():
 
 LAYOUTS = {'TP': ((1, 1, 2), False), 'TP+SP': ((1, 1, 2), True), 'FSDP': ((1, 2, 1), True), 'HSDP': ((2, 2, 1), True), 'HSDP x TP+SP': ((2, 2, 2), True)}
 WHERE = [(layout, 'linear') for layout in LAYOUTS] + [(layout, 'full') for layout in ('FSDP', 'TP', 'HSDP x TP+SP')] + [('FSDP', 'none')]
+WAYS = [pytest.param('sdpa', False, id='cross-sdpa'), pytest.param('xformers', True, id='separate-xformers', marks=WHEEL)]     # each mode has all four above
 
-@each_backend
-@each_packing
+@pytest.mark.parametrize('backend, packed', WAYS, indirect=['backend'])
 @pytest.mark.parametrize('layout, mode', WHERE)
 def test_one_graph_in_every_layout(backend, packed, layout, mode, fresh, fake_ranks):
     degrees, sequence = LAYOUTS[layout]
@@ -195,7 +196,8 @@ def gradients_on_ranks(layout, mode, backend, dtype):
     whole = lambda g: g.full_tensor() if hasattr(g, 'full_tensor') else g
     return max(((whole(p.grad) - right[n]).norm()/right[n].norm()).item() for n, p in model.named_parameters())
 
-@pytest.mark.parametrize('layout, mode, backend', [('TP+SP', 'linear', 'xformers'), ('TP+SP', 'full', 'sdpa'), ('FSDP', 'linear', 'sdpa'), ('FSDP', 'linear', 'xformers')])
+@pytest.mark.parametrize('layout, mode, backend', [pytest.param('TP+SP', 'linear', 'xformers', marks=WHEEL), ('TP+SP', 'full', 'sdpa'),
+                                                   pytest.param('FSDP', 'linear', 'xformers', marks=WHEEL)])
 def test_documents_on_ranks(layout, mode, backend):
     for error in run_ranks('test_attention:gradients_on_ranks', 2, {'layout': layout, 'mode': mode, 'backend': backend, 'dtype': 'bfloat16'}, timeout=400):
         assert error < .05                                                                # bfloat16 through two layers; documents that see each other: above .3

@@ -133,7 +133,8 @@ def test_stopped_by_a_signal(tmp_path):
     temporary = tmp_path/'tmp'
     temporary.mkdir()
     command = [sys.executable, str(KIT/'gpu.py'), '--form', 'cpu', '--out', str(tmp_path/'out'), '--parts', 'sync']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+    def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.default_int_handler)          # a shell's background jobs ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
                                stderr=subprocess.STDOUT, env={**os.environ, 'TMPDIR': str(temporary)})
     seen = []
     for line in process.stdout:
