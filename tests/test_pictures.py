@@ -1,5 +1,5 @@
 "The pictures: fresh, complete, true to the model, and legible in light and dark as far as that can be computed."
-import importlib.util, json, re, shutil
+import importlib.util, json, re, shutil, tomllib
 import xml.etree.ElementTree as ET
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,12 @@ def test_titles_of_any_length_fit(tmp_path):
     cell = {'cell_type': 'markdown', 'source': ['# ' + 'Several words of a title that never ends '*3 + ': and more']}
     (nbs/'73_data.long.ipynb').write_text(json.dumps({'cells': [cell]}))
     assert faults(tool().draw(nbs)['map.svg']) == []
+
+def test_the_parts_are_those_of_the_site():
+    parts = ROOT/'docs'/'parts.toml'
+    if not parts.exists(): pytest.skip('there is no docs/parts.toml')
+    named = tomllib.loads(parts.read_text(encoding='utf-8'))
+    assert named == {str(number): part.name for number, part in tool().PARTS.items()}
 
 # --- words fit into their boxes, and nothing runs through them --------------------------------------
 

@@ -52,7 +52,7 @@ def face(name):
 
 def width_of(words, size, font='sans'):
     "Pixels in DejaVu, which is wider than what most systems take for sans-serif"
-    return sum(face(font)[c] for c in words)*size
+    return sum(face(font).get(c, 1) for c in words)*size   # 1: more than any letter but the widest
 
 def wrap(words, room, size, font='sans'):
     "Lines none of which is wider than `room`"
@@ -182,8 +182,9 @@ ICONS = {'Text': 'M2 3H38M2 12H38M2 21H38M2 30H22',   # 40 by 32 pixels
          'Loss': 'M2 1V30H39M6 4C9 20 17 24 38 25',
          'Step': 'M1 2C8 36 32 36 39 2M7 5C9 14 11 19 16 22M10.5 21.5L16.5 22.4L16.5 16',
          'Checkpoint': 'M4 7C4 1 36 1 36 7S4 13 4 7V25C4 31 36 31 36 25V7M4 16C4 22 36 22 36 16',
-         'Generation': 'M2 3H38M2 13H20M27 7V19M2 24H3M9 24H10M16 24H17M23 24H24M30 24H31'}
-LOOP = Station('Training loop', 6, ('batch, loss, step,', 'again and again'), '', ('train.trainer',))
+         'Generation': 'M2 3H38M2 13H20M27 7V19M2 24H3M9 24H10M16 24H17M23 24H24M30 24H31',
+         'Training loop': 'M33 9A15 15 0 1 0 35 18M34 1V9.5H25.5'}
+LOOP = Station('Training loop', 6, ('the same once more,', 'on 1 device or 2048'), '', ('train.trainer', 'parallel.mesh'))
 RING = [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1)]   # column and row of each station
 WIDE, HIGH, LEFT, GAP_X, GAP_Y = 206, 168, 14, 37, 42
 
@@ -193,7 +194,7 @@ def station(pic, s, place, found, dashed=False):
     x, y = corner(*place)
     pic.box(x, y, WIDE, HIGH, f'c{s.part}' if dashed else f'p{s.part}', dashed=dashed)
     pic.text(x + 14, y + 32, s.name, 19, font='bold')
-    if s.name in ICONS: pic.icon(x + WIDE - 54, y + 14, ICONS[s.name], s.part)
+    pic.icon(x + WIDE - 54, y + (14 if s.shape else 94), ICONS[s.name], s.part)
     for i, line in enumerate(s.lines): pic.text(x + 14, y + 62 + 21*i, line, 15)
     if s.shape: pic.text(x + 14, y + 112, f'→ {s.shape}', 15, font='monobold')
     for i, module in enumerate(reversed(s.modules)):
@@ -253,12 +254,13 @@ def read_stream(pic, name, y):
     shape(pic, 'b t d', 273, y + 12)
     weight(pic, name, MIDDLE, y, 280, 40, NORM)
 
-def write_stream(pic, name, y, part):
+def write_stream(pic, name, y, part, module):
     "The last matrix, and what it makes added to the stream"
     weight(pic, name, MIDDLE, y, 104, 48, part)
     pic.arrow((438, y + 24), (SPINE + 15, y + 24))
     shape(pic, 'b t d', 300, y + 16)
     pic.sign(SPINE, y + 24, '+', 'c2')
+    pic.text(690, y + 29, module, 14, 'dim', 'mono', 'end')
 
 def attention_half(pic, y):
     read_stream(pic, 'attention_norm', y)
@@ -271,10 +273,10 @@ def attention_half(pic, y):
     for x in (372, 492): pic.arrow((x, y + 180), (x, y + 208))
     pic.box(MIDDLE - 172, y + 208, 344, 62, 'bare', 18)
     pic.text(MIDDLE, y + 234, 'causal attention, head by head', 15, anchor='middle')
-    pic.text(MIDDLE, y + 256, 'scores (b, h, t, s), and s ≤ t', 14, 'dim', 'mono', 'middle')
+    pic.text(MIDDLE, y + 256, 'softmax of scores (b, h, t, s), s ≤ t', 14, 'dim', 'mono', 'middle')
     pic.arrow((MIDDLE, y + 270), (MIDDLE, y + 300))
     shape(pic, 'b t h k', 502, y + 290)
-    write_stream(pic, 'wo', y + 300, ATTEND)
+    write_stream(pic, 'wo', y + 300, ATTEND, 'attention')
 
 def feed_forward_half(pic, y):
     read_stream(pic, 'ffn_norm', y)
@@ -290,7 +292,7 @@ def feed_forward_half(pic, y):
     pic.sign(MIDDLE, y + 206, '×', 'bare')
     pic.arrow((MIDDLE, y + 221), (MIDDLE, y + 250))
     shape(pic, 'b t f', 502, y + 241)
-    write_stream(pic, 'w2', y + 250, FEED)
+    write_stream(pic, 'w2', y + 250, FEED, 'feed_forward')
 
 def block(pic, top, bottom):
     "The right-hand side: one block, its stream as the spine"
@@ -300,7 +302,7 @@ def block(pic, top, bottom):
     pic.line((SPINE, top + 16), (SPINE, bottom - 30), kind='spine s2')
     pic.put('path', d=f'M{SPINE - 9} {bottom - 32}H{SPINE + 9}L{SPINE} {bottom - 14}Z', class_='f2')
     attention_half(pic, top + 54)
-    feed_forward_half(pic, top + 436)
+    feed_forward_half(pic, top + 434)
 
 def model(pic, x, top):
     "The left-hand side: all blocks on one stream; x is its middle"
@@ -309,14 +311,14 @@ def model(pic, x, top):
     pic.arrow((x, top + 72), (x, top + 92))
     pic.line((x, top + 144), (x, top + 416), kind='spine s2')
     weight(pic, 'tok_embeddings', x, top + 92, 160, 52, TABLE)
-    shape(pic, 'b t d', x + 10, top + 167)
+    shape(pic, 'b t d', x - 10, top + 167, 'end')
     for name, y in (('layers.0', 180), ('layers.1', 244), ('layers.L−1', 344)):
         pic.box(x - 68, top + y, 136, 42, 'c2', 8)
         pic.text(x, top + y + 26, name, 15, font='monobold', anchor='middle')
     pic.text(x + 14, top + 320, '⋮', 20, 'dim', font='bold')
     weight(pic, 'norm', x, top + 416, 136, 52, NORM)
     pic.arrow((x, top + 468), (x, top + 498))
-    shape(pic, 'b t d', x + 10, top + 488)
+    shape(pic, 'b t d', x - 10, top + 488, 'end')
     weight(pic, 'output', x, top + 498, 136, 52, TABLE)
     pic.arrow((x, top + 550), (x, top + 576))
     pic.text(x, top + 596, 'logits (b, t, v)', 14, 'dim', 'mono', 'middle')
@@ -332,58 +334,59 @@ def key(pic, x, y):
     pic.text(x, y + 82, 'In 7B:', 14)
 
 def architecture(found):
-    pic = Picture(720, 846, 'The architecture of LLaMA',
+    pic = Picture(720, 824, 'The architecture of LLaMA',
                   'Left, the model: tokens, embedding, L blocks on one residual stream, norm, output, logits. Right, one '
                   'block: the stream passes straight down; attention and SwiGLU each read it through an RMSNorm and add to it.')
-    top, bottom = 14, 832
+    top, bottom = 14, 810
     pic.line((174, top + 244), (226, top + 12), kind='dash')
     pic.line((174, top + 286), (226, bottom - 12), kind='dash')
     block(pic, top, bottom)
     model(pic, 106, top)
-    key(pic, 24, top + 650)
+    key(pic, 26, top + 640)
     return pic.svg()
 
 # --- 3: the map -------------------------------------------------------------------------------------
 
-RAIL, BAND, CHIPS = (26, 50, 74), 98, 262   # x of the tracks, of the parts, of their pages
+RAIL, BAND, CHIPS, CHIP = (24, 46, 68), 88, 244, 222   # x of the tracks, of the parts, of their pages; width of a page
 
-def chip_lines(title):
-    "A title in two lines, or what stands before its colon"
-    lines = wrap(title, 164, 14)
-    return lines if len(lines) <= 2 else wrap(title.split(':')[0], 164, 14)
+def forms(title):
+    "Lines of a title, the whole one and what stands before its colon"
+    return [wrap(words, CHIP - 46, 14) for words in (title, title.split(':')[0])]
 
 def chips(pic, part, titled, y):
-    "Two columns of pages; returns where they end"
+    "Two columns of pages, as low as their short titles allow; returns where they end"
     for i in range(0, len(titled), 2):
-        row = [(place, chip_lines(title)) for place, title in titled[i:i + 2]]
-        high = 16 + 18*max(len(lines) for _, lines in row)
-        for x, (place, lines) in zip((CHIPS, CHIPS + 218), row):
-            pic.box(x, y, 212, high, f'c{part}', 7)
+        row = [(place, *forms(title)) for place, title in titled[i:i + 2]]
+        most = max(len(short) for _, _, short in row)
+        high = 16 + 18*most
+        for x, (place, whole, short) in zip((CHIPS, CHIPS + CHIP + 6), row):
+            pic.box(x, y, CHIP, high, f'c{part}', 7)
             pic.text(x + 10, y + 22, place, 14, 'dim', 'monobold')
-            for n, line in enumerate(lines): pic.text(x + 38, y + 22 + 18*n, line, 14)
+            for n, line in enumerate(whole if len(whole) <= most else short):
+                pic.text(x + 38, y + 22 + 18*n, line, 14)
         y += high + 6
     return y - 6
 
 def band(pic, part, titled, y):
     "One part: its name, what it needs, its pages; returns where it ends"
     at = len(pic.body)
-    end = max(chips(pic, part, titled, y + 12), y + 52) + 12
+    lines = wrap(PARTS[part].name, CHIPS - BAND - 46, 15, 'bold')
+    needs = [n for n in PARTS[part].needs if n]
+    end = max(chips(pic, part, titled, y + 10), y + 26 + 19*len(lines + needs[:1])) + 10
     pic.box(BAND, y, 720 - BAND - 14, end - y, f'p{part}', 10)
     pic.body.insert(at, pic.body.pop())   # below its pages
     pic.text(BAND + 14, y + 32, str(part), 19, font='bold')
-    lines = wrap(PARTS[part].name, CHIPS - BAND - 46, 15, 'bold')
     for n, line in enumerate(lines): pic.text(BAND + 36, y + 31 + 19*n, line, 15, font='bold')
-    needs = [n for n in PARTS[part].needs if n]
-    if needs: pic.text(BAND + 36, y + 32 + 19*len(lines), 'after ' + ', '.join(map(str, needs)), 13, 'dim')
+    if needs: pic.text(BAND + 36, y + 31 + 19*len(lines), 'after ' + ', '.join(map(str, needs)), 13, 'dim')
     return end
 
 def tracks(pic, middles):
     "Three lines from the head of the picture through the parts that belong to them; {part: y} of the parts"
     for i, (x, (name, parts)) in enumerate(zip(RAIL, TRACKS.items())):
-        y, colour = 36 + 28*i, (2, 5, 3)[i]
+        y, colour = 32 + 28*i, (2, 5, 3)[i]
         stops = [middles[p] for p in parts if p in middles]
-        pic.line((x, y), (x, stops[-1]), kind=f'spine s{colour}')
-        for stop in (y, *stops): pic.put('circle', cx=x, cy=stop, r=9, class_=f'c{colour}', stroke_width=4)
+        pic.line((BAND + 6, y), (x, y), (x, stops[-1]), kind=f'spine s{colour}')
+        for stop in stops: pic.put('circle', cx=x, cy=stop, r=9, class_=f'c{colour}', stroke_width=4)
         pic.text(BAND + 14, y + 5, name, 16, font='bold')
         where = ', '.join(map(str, parts))
         pic.text(706 - 14, y + 5, f'parts {where}', 15, 'dim', anchor='end')
@@ -392,12 +395,12 @@ def page_map(found):
     there = [p for p in PARTS if any(place.startswith(str(p)) for place, _ in found.values())]
     pic = Picture(720, 0, 'The map of the pages', 'The pages of each part, and three ways through them: ' + '; '.join(
         f'{name}: parts {", ".join(map(str, parts))}' for name, parts in TRACKS.items()) + '.')
-    y, middles, ground = 118, {}, pic.body.pop()
+    y, middles, ground = 112, {}, pic.body.pop()
     for part in there:
         end = band(pic, part, [page for page in found.values() if page[0].startswith(str(part))], y)
-        middles[part], y = (y + end)/2, end + 10
+        middles[part], y = (y + end)/2, end + 9
     tracks(pic, middles)
-    pic.size = 720, round(y + 4)
+    pic.size = 720, round(y + 5)
     pic.body.insert(0, ground.replace('height="0"', f'height="{pic.size[1]}"'))
     return pic.svg()
 
