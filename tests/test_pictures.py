@@ -1,4 +1,4 @@
-"The pictures: fresh, complete, true to the model, and legible in light and dark as far as that can be computed."
+"The pictures: fresh, complete, true to the model, and legible in light and dark as far as that is computable."
 import importlib.util, json, re, shutil, tomllib
 import xml.etree.ElementTree as ET
 from functools import cache
@@ -46,7 +46,8 @@ def pages_of(nbs): return {p.stem.split('_')[0] for p in nbs.glob('[0-9]*.ipynb'
 
 def pages_on_map(svg): return [w for w in words(svg) if re.fullmatch(r'\d\d', w)]
 
-def test_the_map_has_every_page_once(): assert sorted(pages_on_map(drawn()['map.svg'])) == sorted(pages_of(NBS))
+def test_the_map_has_every_page_once():
+    assert sorted(pages_on_map(drawn()['map.svg'])) == sorted(pages_of(NBS))
 
 def test_the_overview_names_pages_that_exist():
     named = [w.replace(' ', '_') for w in words(drawn()['overview.svg']) if re.fullmatch(r'\d\d [\w.]+', w)]
@@ -65,7 +66,8 @@ def test_a_new_page_changes_the_map_and_a_lost_one_is_missed(tmp_path):
 def test_titles_of_any_length_fit(tmp_path):
     nbs = tmp_path/'nbs'
     shutil.copytree(NBS, nbs, ignore=shutil.ignore_patterns('images'))
-    cell = {'cell_type': 'markdown', 'source': ['# ' + 'Several words of a title that never ends '*3 + ': and more']}
+    title = '# ' + 'Several words of a title that never ends '*3 + ': and more'
+    cell = {'cell_type': 'markdown', 'source': [title]}
     (nbs/'73_data.long.ipynb').write_text(json.dumps({'cells': [cell]}))
     assert faults(tool().draw(nbs)['map.svg']) == []
 
@@ -82,9 +84,9 @@ def numbers(element, *names): return [float(element.get(n, 0)) for n in names]
 def extent(text):
     "(left, top, right, bottom) of a text in DejaVu, by matplotlib's layout"
     mono = 'mono' in text.get('class').split()
-    font = FontProperties(family='DejaVu Sans Mono' if mono else 'DejaVu Sans', weight=text.get('font-weight', 'normal'))
     x, y, size = numbers(text, 'x', 'y', 'font-size')
-    font.set_size(size)
+    font = FontProperties(family='DejaVu Sans Mono' if mono else 'DejaVu Sans', size=size,
+                          weight=text.get('font-weight', 'normal'))
     width, height, descent = text_to_path.get_text_width_height_descent(text.text, font, ismath=False)
     left = x - width*{None: 0, 'middle': 0.5, 'end': 1}[text.get('text-anchor')]
     return left, y - height + descent, left + width, y + descent
@@ -93,7 +95,9 @@ def rectangle(rect):
     x, y, w, h = numbers(rect, 'x', 'y', 'width', 'height')
     return x, y, x + w, y + h
 
-def inside(a, b, margin=0): return a[0] >= b[0] + margin and a[2] <= b[2] - margin and a[1] >= b[1] and a[3] <= b[3]
+def inside(a, b, margin=0):
+    "Is box `a` in box `b`, with a margin to the left and to the right?"
+    return a[0] >= b[0] + margin and a[2] <= b[2] - margin and a[1] >= b[1] and a[3] <= b[3]
 
 def meet(a, b): return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
@@ -105,14 +109,13 @@ def ground_of(text, elements):
     return [e for e in before if e.tag == f'{SVG}rect' and inside(middle, rectangle(e))][-1]
 
 def strokes(elements):
-    "(element, box around each straight piece) of all lines; curves at corners are taken as their chords"
+    "A box around each straight piece of the lines; curves at corners are taken as their chords"
     for e in elements:
-        if e.tag != f'{SVG}path' or not {'line', 'dash', 'spine'} & set(e.get('class').split()): continue
-        flat = [float(n) for n in re.findall(r'-?[\d.]+', re.sub(r'Q\S+ \S+? ', 'L', e.get('d')))]
+        if e.tag != f'{SVG}path' or not {'line', 'spine'} & set(e.get('class').split()): continue
+        flat = [float(n) for n in re.findall(r'-?[\d.]+', e.get('d'))]
         points = list(zip(flat[::2], flat[1::2]))
         for (ax, ay), (bx, by) in zip(points, points[1:]):
-            if 'dash' in e.get('class'): continue   # slanted: its box is not the line
-            yield e, (min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1)
+            yield min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1
 
 def faults(svg):
     "What is wrong with the words of a picture"
@@ -123,8 +126,8 @@ def faults(svg):
         box, ground = extent(text), ground_of(text, elements)
         if not inside(box, rectangle(ground), 5): found.append(f'{text.text!r} leaves its box')
         found += [f'{text.text!r} on {other.text!r}' for other in texts[:i] if meet(box, extent(other))]
-        over = elements[elements.index(ground):]
-        found += [f'a line through {text.text!r}' for e, piece in strokes(elements) if e in over and meet(box, piece)]
+        lines = strokes(elements[elements.index(ground):])
+        found += [f'a line through {text.text!r}' for piece in lines if meet(box, piece)]
         later = [e for e in elements[elements.index(text):] if e.tag == f'{SVG}rect']
         found += [f'{text.text!r} is covered' for e in later if meet(box, rectangle(e))]
     return found
@@ -133,7 +136,8 @@ def faults(svg):
 def test_words_fit(name): assert faults(drawn()[name]) == []
 
 @pytest.mark.parametrize('old, new, fault', [
-    ('>Checkpoint<', '>Checkpoint and much more<', 'leaves its box'), ('x="28" y="76"', 'x="28" y="97"', ' on '),
+    ('>Checkpoint<', '>Checkpoint and much more<', 'leaves its box'),
+    ('x="28" y="76"', 'x="28" y="97"', ' on '),
     ('<text x="28" y="76"', '<path d="M28 70L60 70" class="line"/><text x="28" y="76"', 'a line through'),
     ('</svg>', '<rect x="20" y="60" width="50" height="20" class="card"/></svg>', 'is covered')])
 def test_words_that_do_not_fit_are_seen(old, new, fault):
@@ -203,15 +207,17 @@ def test_weights_have_the_names_and_shapes_of_the_model():
     config = ModelConfig(24, 2, 3, vocab_size=101, multiple_of=4, max_seq_len=16)
     size = {'d': 24, 'hk': 3*config.head_dim, 'f': config.ffn_dim, 'v': 101}
     assert config.ffn_dim not in (24, 101)
-    state = {name.removesuffix('.weight').split('.')[-1]: tuple(p.shape) for name, p in LLaMA(config).state_dict().items()}
-    assert state == {name: tuple(size[a] for a in letters.split()) for name, letters in tool().WEIGHTS.items()}
+    state = {name.split('.')[-2]: tuple(p.shape) for name, p in LLaMA(config).state_dict().items()}
+    drawn_as = {name: tuple(size[a] for a in letters.split()) for name, letters in tool().WEIGHTS.items()}
+    assert state == drawn_as
     shown = words(drawn()['architecture.svg'])
     assert [name for name in state if shown.count(name) != 1] == []
 
 def test_the_sizes_of_7B_are_those_of_the_preset():
     from llama_nb.config import PRESETS
     c = PRESETS['7B']
-    assert tool().SIZES == {'d': c.dim, 'h': c.n_heads, 'k': c.head_dim, 'f': c.ffn_dim, 'v': c.vocab_size, 'L': c.n_layers}
+    preset = {'d': c.dim, 'h': c.n_heads, 'k': c.head_dim, 'f': c.ffn_dim, 'v': c.vocab_size, 'L': c.n_layers}
+    assert tool().SIZES == preset
 
 # --- they are shown ---------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"Draw nbs/images/*.svg: the pipeline, the architecture, the map of the pages, light and dark; --check only compares."
+"""Draw nbs/images/*.svg: the pipeline, the architecture and the map of the pages; --check only compares.
+
+Each picture carries its light and its dark colours, and its own ground: it can be read on a page of either kind,
+even where a reader has switched the page and the system is of the other kind.
+"""
 import functools, json, re, sys
 from dataclasses import dataclass
 from html import escape
@@ -37,11 +41,13 @@ def rules(scheme):
 
 FIXED = ('text{font-family:system-ui,sans-serif}.mono{font-family:ui-monospace,monospace}'
          '.line,.dash,.icon,.spine{fill:none;stroke-linecap:round;stroke-linejoin:round}'
-         '.line,.icon,.bare{stroke-width:2}.dash{stroke-width:1.5;stroke-dasharray:2 5}.spine{stroke-width:6}')
+         '.line,.icon,.bare{stroke-width:2}.dash{stroke-width:1.5;stroke-dasharray:2 5}'
+         '.spine{stroke-width:6}')
 
 # --- words: how wide they are -----------------------------------------------------------------------
 
-FACES = {'sans': 'DejaVuSans', 'bold': 'DejaVuSans-Bold', 'mono': 'DejaVuSansMono', 'monobold': 'DejaVuSansMono-Bold'}
+FACES = {'sans': 'DejaVuSans', 'bold': 'DejaVuSans-Bold', 'mono': 'DejaVuSansMono',
+         'monobold': 'DejaVuSansMono-Bold'}
 
 @functools.cache
 def face(name):
@@ -85,11 +91,10 @@ class Picture:
     "Shapes and words, later on top of earlier; its own ground, so that it can be read on any page"
     def __init__(self, width, height, title, description):
         self.size, self.title, self.description, self.body = (width, height), title, description, []
-        self.box(0, 0, width, height, 'card', 12)
 
     def put(self, tag, content=None, **attributes):
-        text = ''.join(f' {name.rstrip("_").replace("_", "-")}="{number(v) if isinstance(v, (int, float)) else v}"'
-                       for name, v in attributes.items())
+        pairs = {name.rstrip('_').replace('_', '-'): value for name, value in attributes.items()}
+        text = ''.join(f' {k}="{v if isinstance(v, str) else number(v)}"' for k, v in pairs.items())
         self.body.append(f'<{tag}{text}/>' if content is None else f'<{tag}{text}>{escape(content)}</{tag}>')
 
     def box(self, x, y, w, h, kind, radius=10, dashed=False):
@@ -119,13 +124,14 @@ class Picture:
         "A circle with + or x in it"
         self.put('circle', cx=x, cy=y, r=13, class_=kind, stroke_width=2)
         a, b = (7, 0) if mark == '+' else (5, 5)
-        self.put('path', d=f'M{number(x-a)} {number(y-b)}L{number(x+a)} {number(y+b)}'
-                           f'M{number(x-b)} {number(y+a)}L{number(x+b)} {number(y-a)}', class_=f'icon {kind.replace("c", "s")}')
+        cross = ((x - a, y - b), (x + a, y + b)), ((x - b, y + a), (x + b, y - a))
+        self.put('path', d=''.join(map(rounded, cross)), class_=f'icon {kind.replace("c", "s")}')
 
     def svg(self):
         width, height = self.size
         style = f'{FIXED}{rules(0)}@media (prefers-color-scheme:dark){{{rules(1)}}}'
-        body = '\n'.join(self.body)
+        ground = f'<rect x="0" y="0" width="{width}" height="{height}" rx="12" class="card"/>'
+        body = '\n'.join([ground, *self.body])
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
                 f'height="{height}" role="img">\n<title>{escape(self.title)}</title>\n'
                 f'<desc>{escape(self.description)}</desc>\n<style>{style}</style>\n{body}\n</svg>\n')
@@ -168,13 +174,16 @@ class Station:
     modules: tuple # one or two pages
 
 STATIONS = [Station('Text', 1, ('documents: code,', 'books, web pages'), 'strings', ('data.documents',)),
-            Station('Tokens', 1, ('frequent strings', 'become numbers < v'), '(t)', ('data.tokenizer', 'data.shards')),
+            Station('Tokens', 1, ('frequent strings', 'become numbers < v'), '(t)',
+                    ('data.tokenizer', 'data.shards')),
             Station('Batches', 1, ('b rows of t tokens,', 'in shuffled order'), '(b, t)', ('data.loader',)),
             Station('Model', 2, ('scores every possible', 'next token'), '(b, t, v)', ('model.transformer',)),
             Station('Loss', 3, ('how improbable was', 'what really came?'), 'one number', ('train.loss',)),
             Station('Step', 3, ('gradients and AdamW', 'move every weight'), 'new weights', ('train.optim',)),
-            Station('Checkpoint', 6, ('weights, moments and', 'position, on disk'), 'files', ('train.checkpoint',)),
-            Station('Generation', 3, ('choose a next token,', 'append it, ask again'), 'strings', ('infer.generate',))]
+            Station('Checkpoint', 6, ('weights, moments and', 'position, on disk'), 'files',
+                    ('train.checkpoint',)),
+            Station('Generation', 3, ('choose a next token,', 'append it, ask again'), 'strings',
+                    ('infer.generate',))]
 ICONS = {'Text': 'M2 3H38M2 12H38M2 21H38M2 30H22',   # 40 by 32 pixels
          'Tokens': 'M2 4H16V13H2ZM20 4H27V13H20ZM31 4H39V13H31ZM2 19H10V28H2ZM14 19H30V28H14ZM34 19H39V28H34Z',
          'Batches': 'M1 2H39V30H1ZM1 11.3H39M1 20.6H39M10.5 2V30M20 2V30M29.5 2V30',
@@ -184,7 +193,8 @@ ICONS = {'Text': 'M2 3H38M2 12H38M2 21H38M2 30H22',   # 40 by 32 pixels
          'Checkpoint': 'M4 7C4 1 36 1 36 7S4 13 4 7V25C4 31 36 31 36 25V7M4 16C4 22 36 22 36 16',
          'Generation': 'M2 3H38M2 13H20M27 7V19M2 24H3M9 24H10M16 24H17M23 24H24M30 24H31',
          'Training loop': 'M33 9A15 15 0 1 0 35 18M34 1V9.5H25.5'}
-LOOP = Station('Training loop', 6, ('the same once more,', 'on 1 device or 2048'), '', ('train.trainer', 'parallel.mesh'))
+LOOP = Station('Training loop', 6, ('the same once more,', 'on 1 device or 2048'), '',
+               ('train.trainer', 'parallel.mesh'))
 RING = [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1)]   # column and row of each station
 WIDE, HIGH, LEFT, GAP_X, GAP_Y = 206, 168, 14, 37, 42
 
@@ -210,7 +220,7 @@ def between(pic, start, end, gap=5):
 def overview(found):
     places = dict(zip([s.name for s in STATIONS], RING))
     pic = Picture(720, 3*HIGH + 2*GAP_Y + 2*LEFT, 'The pipeline',
-                  'A ring of eight stations: ' + ', '.join(s.name.lower() for s in STATIONS) + ', and text again. '
+                  f'A ring of stations: {", ".join(s.name.lower() for s in STATIONS)}, and text again. '
                   'From the step an arrow leads back to the model: the training loop.')
     for s in STATIONS: station(pic, s, places[s.name], found)
     station(pic, LOOP, (1, 1), found, dashed=True)
@@ -222,8 +232,9 @@ def overview(found):
 # --- 2: the architecture ----------------------------------------------------------------------------
 
 SIZES = {'d': 4096, 'h': 32, 'k': 128, 'f': 11008, 'v': 32000, 'L': 32}   # of 7B
-WEIGHTS = {'tok_embeddings': 'v d', 'norm': 'd', 'output': 'v d', 'attention_norm': 'd', 'wq': 'hk d', 'wk': 'hk d',
-           'wv': 'hk d', 'wo': 'd hk', 'ffn_norm': 'd', 'w1': 'f d', 'w2': 'd f', 'w3': 'f d'}   # axes of parameters
+# the axes of every parameter, by the last word of its name
+WEIGHTS = {'tok_embeddings': 'v d', 'norm': 'd', 'output': 'v d', 'attention_norm': 'd', 'ffn_norm': 'd',
+           'wq': 'hk d', 'wk': 'hk d', 'wv': 'hk d', 'wo': 'd hk', 'w1': 'f d', 'w2': 'd f', 'w3': 'f d'}
 SPINE, MIDDLE = 262, 492   # x of the block's residual stream, and of what hangs on it
 NORM, ATTEND, FEED, TABLE = 1, 2, 3, 0   # colours of parameters
 
@@ -335,8 +346,9 @@ def key(pic, x, y):
 
 def architecture(found):
     pic = Picture(720, 824, 'The architecture of LLaMA',
-                  'Left, the model: tokens, embedding, L blocks on one residual stream, norm, output, logits. Right, one '
-                  'block: the stream passes straight down; attention and SwiGLU each read it through an RMSNorm and add to it.')
+                  'Left, the model: tokens, embedding, L blocks on one residual stream, norm, output, logits. '
+                  'Right, one block: the stream passes straight down; attention and SwiGLU each read it through '
+                  'an RMSNorm and add to it.')
     top, bottom = 14, 810
     pic.line((174, top + 244), (226, top + 12), kind='dash')
     pic.line((174, top + 286), (226, bottom - 12), kind='dash')
@@ -347,7 +359,10 @@ def architecture(found):
 
 # --- 3: the map -------------------------------------------------------------------------------------
 
-RAIL, BAND, CHIPS, CHIP = (24, 46, 68), 88, 244, 222   # x of the tracks, of the parts, of their pages; width of a page
+RAIL, BAND = (24, 46, 68), 88   # x of the tracks and of the parts
+CHIPS, CHIP = 244, 222          # x of their pages, and how wide one is
+
+def listed(parts): return ', '.join(map(str, parts))
 
 def forms(title):
     "Lines of a title, the whole one and what stands before its colon"
@@ -377,7 +392,7 @@ def band(pic, part, titled, y):
     pic.body.insert(at, pic.body.pop())   # below its pages
     pic.text(BAND + 14, y + 32, str(part), 19, font='bold')
     for n, line in enumerate(lines): pic.text(BAND + 36, y + 31 + 19*n, line, 15, font='bold')
-    if needs: pic.text(BAND + 36, y + 31 + 19*len(lines), 'after ' + ', '.join(map(str, needs)), 13, 'dim')
+    if needs: pic.text(BAND + 36, y + 31 + 19*len(lines), f'after {listed(needs)}', 13, 'dim')
     return end
 
 def tracks(pic, middles):
@@ -388,20 +403,19 @@ def tracks(pic, middles):
         pic.line((BAND + 6, y), (x, y), (x, stops[-1]), kind=f'spine s{colour}')
         for stop in stops: pic.put('circle', cx=x, cy=stop, r=9, class_=f'c{colour}', stroke_width=4)
         pic.text(BAND + 14, y + 5, name, 16, font='bold')
-        where = ', '.join(map(str, parts))
-        pic.text(706 - 14, y + 5, f'parts {where}', 15, 'dim', anchor='end')
+        pic.text(706 - 14, y + 5, f'parts {listed(parts)}', 15, 'dim', anchor='end')
 
 def page_map(found):
-    there = [p for p in PARTS if any(place.startswith(str(p)) for place, _ in found.values())]
-    pic = Picture(720, 0, 'The map of the pages', 'The pages of each part, and three ways through them: ' + '; '.join(
-        f'{name}: parts {", ".join(map(str, parts))}' for name, parts in TRACKS.items()) + '.')
-    y, middles, ground = 112, {}, pic.body.pop()
-    for part in there:
-        end = band(pic, part, [page for page in found.values() if page[0].startswith(str(part))], y)
+    ways = '; '.join(f'{name}: parts {listed(parts)}' for name, parts in TRACKS.items())
+    pic = Picture(720, 0, 'The map of the pages', f'The pages of each part, and three ways through them. {ways}.')
+    y, middles = 112, {}
+    for part in PARTS:
+        titled = [page for page in found.values() if page[0].startswith(str(part))]
+        if not titled: continue   # not written yet
+        end = band(pic, part, titled, y)
         middles[part], y = (y + end)/2, end + 9
     tracks(pic, middles)
     pic.size = 720, round(y + 5)
-    pic.body.insert(0, ground.replace('height="0"', f'height="{pic.size[1]}"'))
     return pic.svg()
 
 # --- all of them ------------------------------------------------------------------------------------
@@ -415,7 +429,8 @@ def draw(nbs=ROOT/'nbs'):
 
 def main():
     drawn = draw()
-    stale = [n for n, text in drawn.items() if not (IMAGES/n).exists() or (IMAGES/n).read_text(encoding='utf-8') != text]
+    there = {path.name: path.read_text(encoding='utf-8') for path in IMAGES.glob('*.svg')}
+    stale = [name for name, text in drawn.items() if there.get(name) != text]
     if '--check' in sys.argv[1:]: sys.exit(f'{", ".join(stale)} out of date: make prepare' if stale else 0)
     IMAGES.mkdir(exist_ok=True)
     for name in stale:
