@@ -1,4 +1,4 @@
-"The pictures: fresh, complete, true to the model, and legible in light and dark as far as that is computable."
+"The pictures: fresh, complete, true to the model, and legible in light and dark as far as can be computed."
 import importlib.util, json, re, shutil, tomllib
 import xml.etree.ElementTree as ET
 from functools import cache

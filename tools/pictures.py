@@ -1,9 +1,9 @@
 """Draw nbs/images/*.svg: the pipeline, the architecture and the map of the pages; --check only compares.
 
-Each picture carries its light and its dark colours, and its own ground: it can be read on a page of either kind,
-even where a reader has switched the page and the system is of the other kind.
+Each picture carries its light and its dark colours, and its own ground: it can be read on a page of either
+kind, even where a reader has switched the page and the system is of the other kind.
 """
-import functools, json, re, sys
+import functools, json, sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -65,8 +65,8 @@ def wrap(words, room, size, font='sans'):
     lines = ['']
     for word in words.split():
         longer = f'{lines[-1]} {word}'.strip()
-        if width_of(longer, size, font) <= room: lines[-1] = longer
-        else: lines.append(word)
+        fits = width_of(longer, size, font) <= room
+        lines[-1 if fits else len(lines):] = [longer if fits else word]
     return [line for line in lines if line]
 
 # --- shapes -----------------------------------------------------------------------------------------
@@ -185,7 +185,8 @@ STATIONS = [Station('Text', 1, ('documents: code,', 'books, web pages'), 'string
             Station('Generation', 3, ('choose a next token,', 'append it, ask again'), 'strings',
                     ('infer.generate',))]
 ICONS = {'Text': 'M2 3H38M2 12H38M2 21H38M2 30H22',   # 40 by 32 pixels
-         'Tokens': 'M2 4H16V13H2ZM20 4H27V13H20ZM31 4H39V13H31ZM2 19H10V28H2ZM14 19H30V28H14ZM34 19H39V28H34Z',
+         'Tokens': 'M2 4H16V13H2ZM20 4H27V13H20ZM31 4H39V13H31ZM2 19H10V28H2ZM14 19H30V28H14Z'
+                   'M34 19H39V28H34Z',
          'Batches': 'M1 2H39V30H1ZM1 11.3H39M1 20.6H39M10.5 2V30M20 2V30M29.5 2V30',
          'Model': 'M3 1H37V8H3ZM3 12.5H37V19.5H3ZM3 24H37V31H3ZM20 8V12.5M20 19.5V24',
          'Loss': 'M2 1V30H39M6 4C9 20 17 24 38 25',
@@ -193,7 +194,7 @@ ICONS = {'Text': 'M2 3H38M2 12H38M2 21H38M2 30H22',   # 40 by 32 pixels
          'Checkpoint': 'M4 7C4 1 36 1 36 7S4 13 4 7V25C4 31 36 31 36 25V7M4 16C4 22 36 22 36 16',
          'Generation': 'M2 3H38M2 13H20M27 7V19M2 24H3M9 24H10M16 24H17M23 24H24M30 24H31',
          'Training loop': 'M33 9A15 15 0 1 0 35 18M34 1V9.5H25.5'}
-LOOP = Station('Training loop', 6, ('the same once more,', 'on 1 device or 2048'), '',
+LOOP = Station('Training loop', 6, ('then the next batch,', 'on 1 device or 2048'), '',
                ('train.trainer', 'parallel.mesh'))
 RING = [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1)]   # column and row of each station
 WIDE, HIGH, LEFT, GAP_X, GAP_Y = 206, 168, 14, 37, 42
@@ -346,9 +347,9 @@ def key(pic, x, y):
 
 def architecture(found):
     pic = Picture(720, 824, 'The architecture of LLaMA',
-                  'Left, the model: tokens, embedding, L blocks on one residual stream, norm, output, logits. '
-                  'Right, one block: the stream passes straight down; attention and SwiGLU each read it through '
-                  'an RMSNorm and add to it.')
+                  'Left, the model: tokens, embedding, L blocks on one residual stream, norm, output, '
+                  'logits. Right, one block: the stream passes straight down; attention and SwiGLU each read '
+                  'it through an RMSNorm and add to it.')
     top, bottom = 14, 810
     pic.line((174, top + 244), (226, top + 12), kind='dash')
     pic.line((174, top + 286), (226, bottom - 12), kind='dash')
@@ -407,7 +408,8 @@ def tracks(pic, middles):
 
 def page_map(found):
     ways = '; '.join(f'{name}: parts {listed(parts)}' for name, parts in TRACKS.items())
-    pic = Picture(720, 0, 'The map of the pages', f'The pages of each part, and three ways through them. {ways}.')
+    pic = Picture(720, 0, 'The map of the pages',
+                  f'All pages, part by part, and three ways through them. {ways}.')
     y, middles = 112, {}
     for part in PARTS:
         titled = [page for page in found.values() if page[0].startswith(str(part))]
