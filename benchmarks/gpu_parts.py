@@ -1,4 +1,4 @@
-"Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run file, `Trainer`, `train_step`."
+"Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run file, `start_run`, `train_step`."
 import importlib.metadata, importlib.util, itertools, math, random, subprocess, sys, xml.etree.ElementTree as ET
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +10,7 @@ from llama_nb.core import UserError, pick_dtype
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.memory import memory_per_rank
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
-from llama_nb.train.trainer import Trainer, train_step
+from llama_nb.train.trainer import Trainer, start_run, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ('cross', 'separate')
@@ -62,7 +62,7 @@ def run_config(desk, model:ModelConfig, batch:int=4, micro:int=2, documents:str=
     return RunConfig(str(out), model, data, TrainConfig(**train), optim)
 
 def trainer(desk, model, **settings)->Trainer:
-    return Trainer(run_config(desk, model, **settings), report=lambda line: None)
+    return start_run(run_config(desk, model, **settings), report=lambda line: None)
 
 def bare_model(desk, config:ModelConfig, backend:str, mode:str, compiled:bool=False)->LLaMA:
     "A model whose first weights are drawn on its device; a run draws them on the CPU, which takes seconds per 100 million"

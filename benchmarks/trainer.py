@@ -37,10 +37,10 @@ def shards(folder):
 
 def open_run(folder, s, ranks):
     from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-    from llama_nb.train.trainer import Trainer
+    from llama_nb.train.trainer import start_run
     model = ModelConfig(s.dim, s.layers, s.heads, vocab_size=s.vocab, multiple_of=32, max_seq_len=s.seq)
     steps = 3*s.block*(s.rounds + 1) + 2
-    return Trainer(RunConfig(str(folder/'run'), model, DataConfig(str(folder/'tokens'), seq_len=s.seq, batch_size=s.batch),
+    return start_run(RunConfig(str(folder/'run'), model, DataConfig(str(folder/'tokens'), seq_len=s.seq, batch_size=s.batch),
                              TrainConfig(steps=steps, micro_batch_size=s.batch//ranks, dtype='float32', save_every=steps, keep=1), OptimConfig(warmup_steps=10)))
 
 def block(run, s, kind):
@@ -67,7 +67,7 @@ def block(run, s, kind):
     return {'seconds': seconds, 'waited': waited, 'stood': stood}
 
 def main(s):
-    from llama_nb.parallel.agree import everywhere, on_rank_zero
+    from llama_nb.parallel.agree import on_all_ranks, on_rank_zero
     from llama_nb.parallel.mesh import rank_and_size, start_ranks, stop_ranks
     start_ranks('cpu')
     rank, ranks = rank_and_size()
@@ -81,7 +81,7 @@ def main(s):
             if i: got[kind].append(found)                                   # the first round warms up
     if rank == 0: write(s, got, run)
     run.batches = None
-    everywhere(lambda: None)                                                # nobody needs the folder any more
+    on_all_ranks(lambda: None)                                                # nobody needs the folder any more
     on_rank_zero(lambda: shutil.rmtree(folder))
     stop_ranks()
 

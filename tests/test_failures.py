@@ -11,7 +11,7 @@ from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh
-from llama_nb.parallel.agree import everywhere, on_rank_zero
+from llama_nb.parallel.agree import on_all_ranks, on_rank_zero
 from llama_nb.parallel.mesh import host_group, make_mesh, rank_and_size, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
 from llama_nb.train.guards import collective_seconds
@@ -107,7 +107,7 @@ def _two(run_path:str, folder:str)->dict:
         def action(): raise error
         return action
     stale, missing = OSError(errno.ESTALE, 'Stale file handle'), FileNotFoundError(errno.ENOENT, 'No such file')
-    found['told'] = [_kind(lambda: everywhere(fail(stale))), _kind(lambda: everywhere(fail(missing))), _kind(lambda: on_rank_zero(fail_first(stale))), _kind(lambda: on_rank_zero(fail_first(missing)))]
+    found['told'] = [_kind(lambda: on_all_ranks(fail(stale))), _kind(lambda: on_all_ranks(fail(missing))), _kind(lambda: on_rank_zero(fail_first(stale))), _kind(lambda: on_rank_zero(fail_first(missing)))]
     discard = checkpoint._discard
     def slowly(path): import time; time.sleep(1); discard(path)
     checkpoint._discard = slowly
@@ -115,7 +115,7 @@ def _two(run_path:str, folder:str)->dict:
     for step in (1, 2): saver.save(step, {'model': {'w': torch.ones(3)}}, {}); saver.wait()
     found['left'] = sorted(p.name for p in Path(folder).iterdir())                # at once after `wait`, on each rank
     checkpoint._discard = discard
-    run = trainer.Trainer(load_run(run_path), report=lambda line: None)
+    run = trainer.start_run(load_run(run_path), report=lambda line: None)
     groups = [run.saver.group, *(run.mesh.get_group(name) for name in run.mesh.mesh_dim_names)]
     found['limits'] = [_limit(group) for group in groups]
     return found

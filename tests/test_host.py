@@ -105,10 +105,10 @@ def test_every_call_is_answered_as_before():
 
 def test_a_trainer_leaves_its_process_alone(run_file, monkeypatch):
     from llama_nb.config import load_run
-    from llama_nb.train.trainer import Trainer, fit
+    from llama_nb.train.trainer import fit, start_run
     def refuse(*args): raise AssertionError('a library changed its process')
     for name in ('keep_freed_memory', 'use_wide_matmul', 'prepare_host'): monkeypatch.setattr(host, name, refuse)
-    run = Trainer(load_run(run_file(3)), report=lambda line: None)
+    run = start_run(load_run(run_file(3)), report=lambda line: None)
     assert fit(run, progress=False) == 0 and not (run.out/'host.json').exists()
 
 def test_the_command_line_decides_once(run_file, llama_nb):
@@ -134,11 +134,11 @@ def test_a_run_keeps_its_type(run_file, monkeypatch):
     from llama_nb import core
     from llama_nb.config import load_run
     from llama_nb.train import trainer
-    from llama_nb.train.trainer import Trainer, fit
+    from llama_nb.train.trainer import fit, start_run
     path, lines = run_file(3), []
     def begin(native):
         for module in (core, trainer): monkeypatch.setattr(module, 'native_bfloat16', lambda device: native)
-        return Trainer(load_run(path, ['--train.dtype', 'auto']), report=lines.append)
+        return start_run(load_run(path, ['--train.dtype', 'auto']), report=lines.append)
     assert fit(begin(True), progress=False) == 0
     assert load_run(path.with_suffix('')/'config.toml').train.dtype == 'bfloat16'
     again = begin(False)

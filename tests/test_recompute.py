@@ -3,13 +3,13 @@ import pytest, torch
 from llama_nb.config import load_run
 from llama_nb.train.loss import next_token_loss
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
-from llama_nb.train.trainer import Trainer, train_step
+from llama_nb.train.trainer import start_run, train_step
 from llama_nb.config import ModelConfig
 from llama_nb.model.transformer import LLaMA, init_weights
 
 def three_steps(path, *settings):
     "Losses and gradient norms of three steps, and the weights after them"
-    run = Trainer(load_run(path, settings), report=lambda line: None)
+    run = start_run(load_run(path, settings), report=lambda line: None)
     rows = [train_step(run) for _ in range(3)]
     return [(float(r['loss']), float(r['grad_norm'])) for r in rows], run.model.state_dict()
 
