@@ -1,4 +1,5 @@
-"What stands around the book: changelog, citation, forms, hooks and the guide for contributors say what is so."
+"""What stands around the book: changelog, citation, forms, hooks and the guide for contributors say what is
+so."""
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -99,7 +100,9 @@ def test_every_page_has_a_place_in_the_order():
 
 def targets(): return set(re.findall(r'^([\w-]+):', read('Makefile'), re.M))
 
-@pytest.mark.parametrize('name', ['CONTRIBUTING.md', '.pre-commit-config.yaml', 'CHANGELOG.md', '.github/pull_request_template.md'])
+@pytest.mark.parametrize('name',
+                         ['CONTRIBUTING.md', '.pre-commit-config.yaml', 'CHANGELOG.md',
+                          '.github/pull_request_template.md'])
 def test_what_is_to_be_typed_exists(name):
     text = read(name)
     commands = set(re.findall(r'(?:`|entry: )make ([a-z][\w-]*)', text))
