@@ -37,6 +37,7 @@ def title(notebook):
 MORE = ('## More', '',
         '- [Front page](README.md): the two commands, results, what works and what does not yet',
         '- [How to contribute](CONTRIBUTING.md): how a page is written and tested',
+        '- [Changelog](CHANGELOG.md): what a user must know about each version',
         '- [Log](LOG.md): dated measurements and negative results')
 
 def llms(nbs):
