@@ -12,7 +12,7 @@ from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh
-from llama_nb.parallel.agree import everywhere, on_rank_zero
+from llama_nb.parallel.agree import on_all_ranks, on_rank_zero
 from llama_nb.parallel.mesh import host_group, make_mesh, rank_and_size, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
 from llama_nb.train.guards import collective_seconds
@@ -130,7 +130,7 @@ def _two(run_path:str, folder:str)->dict:
         return action
     stale, missing = (OSError(errno.ESTALE, 'Stale file handle'),
                       FileNotFoundError(errno.ENOENT, 'No such file'))
-    found['told'] = [_kind(lambda: everywhere(fail(stale))), _kind(lambda: everywhere(fail(missing))),
+    found['told'] = [_kind(lambda: on_all_ranks(fail(stale))), _kind(lambda: on_all_ranks(fail(missing))),
                      _kind(lambda: on_rank_zero(fail_first(stale))),
                      _kind(lambda: on_rank_zero(fail_first(missing)))]
     discard = checkpoint._discard

@@ -111,6 +111,44 @@ def test_a_wrong_import_is_seen(tmp_path):
         f.write('\nfrom ..train.loss import next_token_loss\nimport fastcore.all\n')
     assert against_the_stream(broken) == ['model.norm -> train.loss', 'model.norm -> fastcore.all']
 
+def defined(path):
+    "Names that stand at the top of a module, whatever defines or imports them; also inside of `if` and `try`"
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): yield node.id
+        elif isinstance(node, ast.alias): yield node.asname or node.name
+
+def asked_for(source):
+    "(module, name) of each `from llama_nb.module import name`"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('llama_nb.'):
+            yield from ((node.module, a.name) for a in node.names)
+
+def code_of(path):
+    text = path.read_text(encoding='utf-8')
+    if path.suffix == '.py': return [text]
+    return [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+
+def missing_names(root):
+    "'tests/test_x.py: llama_nb.model.norm has no y' for what programs and pages import in vain"
+    there = {'.'.join(p.relative_to(root).with_suffix('').parts): set(defined(p)) for p in modules(root)}
+    programs = (p for part in ('tests/*.py', 'benchmarks/*.py', 'nbs/*.ipynb')
+                for p in sorted(root.glob(part)))
+    return [f'{path.relative_to(root).as_posix()}: {module} has no {name}' for path in programs
+            for source in code_of(path) for module, name in asked_for(source)
+            if f'{module}.{name}' not in there and name not in there.get(module, ())]
+
+def test_what_is_imported_is_there():
+    "Benchmarks too, which the tests do not run"
+    assert missing_names(ROOT) == []
+
+def test_a_name_that_is_gone_is_seen(tmp_path):
+    broken = copy_of(ROOT, tmp_path/'broken')
+    old = 'from llama_nb.train import pieces\nfrom llama_nb.train.guards import Patience\n'
+    (broken/'benchmarks'/'old.py').write_text(old)
+    assert missing_names(broken) == ['benchmarks/old.py: llama_nb.train has no pieces',
+                                     'benchmarks/old.py: llama_nb.train.guards has no Patience']
+
 def test_package_needs_no_notebook_tools():
     "Everything imports where nbdev, fastcore, jupyter and the judges of the tests are not installed"
     names = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in modules(ROOT)

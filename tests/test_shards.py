@@ -60,11 +60,11 @@ def opening_worker(path, folder):
     "Open the data of a run as the trainer does; looks at files, and what was said"
     from llama_nb.config import load_run
     from llama_nb.core import UserError
-    from llama_nb.parallel.agree import everywhere
+    from llama_nb.parallel.agree import on_all_ranks
     from llama_nb.train.trainer import open_data
     def opened():
         try:
-            return everywhere(lambda: open_data(load_run(path))) and 'well'
+            return on_all_ranks(lambda: open_data(load_run(path))) and 'well'
         except UserError as e:
             return str(e)
     said, looks = looks_at(folder, opened)
