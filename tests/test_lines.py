@@ -66,7 +66,7 @@ def sources(path):
     return [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
 
 def python_files():
-    named = ('setup.py', 'tests/*.py', 'tools/*.py', 'benchmarks/*.py', 'nbs/*.ipynb')
+    named = ('setup.py', 'tests/*.py', 'tools/*.py', 'benchmarks/*.py', 'docs/*.py', 'nbs/*.ipynb')
     return [path for name in named for path in sorted(ROOT.glob(name))]
 
 @pytest.mark.parametrize('path', python_files(), ids=lambda p: p.name)
