@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'zlib_bits_per_byte', 'Trigram', 'look_up', 'trigram_bits_
            'write_samples', 'toy', 'summary']
 
 # %% ../nbs/34_toy.ipynb #imports
-import json, math, zlib
+import json, zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
