@@ -82,7 +82,7 @@ def start_ranks(tmp_path):
         for log in ranks.logs: log.close()
 
 def metrics(folder):
-    "The complete lines of a run's diary"
+    "The complete lines of a run's metrics log"
     path = Path(folder)/'metrics.jsonl'
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')] if path.exists() else []
 
