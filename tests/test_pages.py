@@ -101,9 +101,8 @@ def test_every_difference_is_found(pages, tmp_path):
 
 @pytest.mark.parametrize('versions', [{'torch': '1.0'}, {'python': '3.2.1'}])
 def test_elsewhere_a_difference_is_one_line(pages, tmp_path, versions):
-    "... and the texts of another Python are none"
     code, text = run(tool_made_with(pages, tmp_path, **versions), tmp_path/'p', ('print(1)', [printed('2\n')]))
-    assert code == 0 and text.splitlines() == ["00_x.ipynb, cell cell-0: '2' is stored, now it is '1'", 'Success.'], text
+    assert code == 0 and set(text.splitlines()) == {"00_x.ipynb, cell cell-0: '2' is stored, now it is '1'", 'Success.'}, text
 
 def test_the_texts_of_another_python_may_differ(pages, monkeypatch):
     stored, now = {'printed text': 'old'}, {'printed text': 'new'}

@@ -43,7 +43,7 @@ def close(a, b):
     x, y = (Decimal(n.replace(',', '')) for n in (a, b))
     _, digits, exponent = x.as_tuple()
     last_digit = Decimal(1).scaleb(exponent) if len(digits) > 2 else 0
-    return x == y or (exponent < 0 and abs(x - y) <= max(last_digit, RELATIVE*x))
+    return a == b or (exponent < 0 and abs(x - y) <= max(last_digit, RELATIVE*x))
 
 def same(a, b, any_number):
     "Are two words the same?"
