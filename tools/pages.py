@@ -17,8 +17,8 @@ import nbdev.test
 from execnb.shell import CaptureShell
 
 MADE_WITH = {'python': '3.11.7', 'torch': '2.13'}
-# float32 has seven digits. The order of a sum, which depends on processor and threads, changes the last one or
-# two, and some steps of training the fifth.
+# float32 has seven digits. The order of a sum, which depends on processor and threads, changes the last one
+# or two, and some steps of training the fifth.
 RELATIVE = Decimal('1e-4')
 NUMBER = re.compile(r'\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?')
 ADDRESS = re.compile(r' at 0x[0-9a-f]+')                # nbdev_clean takes them out of what is stored
@@ -65,7 +65,8 @@ def first_difference(old, new, any_number):
 
 def difference(stored, now, varies=None):
     "The first difference of two results of `shown`, or None; `varies` are the words after the directive"
-    if varies not in (None, [], ['numbers'], ['python']): return f'`#| varies {" ".join(varies)}` means nothing'
+    if varies not in (None, [], ['numbers'], ['python']):
+        return f'`#| varies {" ".join(varies)}` means nothing'
     if stored.keys() != now.keys():
         old, new = (' + '.join(kinds) or 'nothing' for kinds in (stored, now))
         return f'{old} is stored, now it shows {new}'
@@ -76,8 +77,9 @@ def difference(stored, now, varies=None):
 
 def must_agree():
     "Is this a place like the one where the pages were made?"
-    import torch                                        # here, since a process that asks for GPUs must not fork
-    if (platform.system(), platform.machine()) != ('Linux', 'x86_64') or torch.cuda.is_available(): return False
+    import torch    # not above: a process that has asked for GPUs must not fork
+    if (platform.system(), platform.machine()) != ('Linux', 'x86_64'): return False
+    if torch.cuda.is_available(): return False
     here = {'python': platform.python_version(), 'torch': version('torch')}
     return all(here[name].split('.')[:2] == MADE_WITH[name].split('.')[:2] for name in MADE_WITH)
 
