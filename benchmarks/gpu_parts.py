@@ -1,5 +1,5 @@
 """Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run
-file, `Trainer`, `train_step`."""
+file, `start_run`, `train_step`."""
 import importlib.metadata, importlib.util, itertools, math, random, subprocess, sys
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
