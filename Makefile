@@ -45,6 +45,7 @@ notebooks: .venv/installed-dev
 prepare: .venv/installed-dev
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
 docs: .venv/installed-dev

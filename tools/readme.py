@@ -11,7 +11,7 @@ def cells(path):
 def from_root(text):
     "Links of a page in nbs/ as seen from the root"
     text = re.sub(r'\]\(\.\./', '](', text)
-    return re.sub(r'\]\(([\w.]+\.ipynb)', r'](nbs/\1', text)
+    return re.sub(r'\]\(([\w.]+\.ipynb|images/)', r'](nbs/\1', text)
 
 def output_text(output):
     data = output.get('data', {}).get('text/plain', output.get('text', ''))
