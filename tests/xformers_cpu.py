@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from types import SimpleNamespace
 import torch
-from llama_nb.model import attention
+from llama_nb.model import kernels
 
 CALLS = Counter()
 
@@ -70,9 +70,9 @@ def install():
         fmha.flash._flash_bwd.register_kernel('cpu')(_backward)
         for op in (fmha.flash.FwOp, fmha.flash.BwOp): _lets_cpu_pass(op)
         fmha.dispatch.torch = SimpleNamespace(version=SimpleNamespace(cuda='12.8', hip=None), Tensor=torch.Tensor)      # its list of operators for NVIDIA
-    attention.XFORMERS_DEVICES.add('cpu'); attention._PROBLEMS.clear()
+    kernels.XFORMERS_DEVICES.add('cpu'); kernels.TRIALS.clear()
     return fmha
 
 def remove():
     "The backend 'xformers' cannot run on a CPU any more"
-    attention.XFORMERS_DEVICES.discard('cpu'); attention._PROBLEMS.clear()
+    kernels.XFORMERS_DEVICES.discard('cpu'); kernels.TRIALS.clear()
