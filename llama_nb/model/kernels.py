@@ -46,7 +46,7 @@ def document_numbers(borders:Tensor, # (n+1,) int32, begins of documents in the 
 
 # %% ../../nbs/40_model.kernels.ipynb #check-borders
 def check_borders(borders:Tensor, b:int, t:int):
-    "Raise `UserError` unless `borders` cut b sequences of t tokens into documents; reads values on a CPU only"
+    "Raise `UserError` unless `borders` cut b sequences of t tokens into documents; values are read on CPUs"
     if borders.ndim != 1 or borders.dtype != torch.int32 or len(borders) < 2:
         raise UserError(f'borders of documents must be (n+1,) torch.int32, not {tuple(borders.shape)} '
                         f'{borders.dtype}; see document_borders')
@@ -209,7 +209,7 @@ BACKENDS['sdpa'] = attend_sdpa
 # %% ../../nbs/40_model.kernels.ipynb #xformers
 def _for_xformers(borders, *rows): # what its functions want: the rows, and a description of the mask
     masks = _LOADED['xformers'].attn_bias
-    (b, t), s = rows[0].shape[:2], rows[1].shape[1]
+    b, t = rows[0].shape[:2]
     if borders is None: return rows, None if t == 1 else masks.LowerTriangularFromBottomRightMask()
     info = _sequence_info(borders, t, b*t)
     one_row = [x.flatten(0, 1)[None] for x in rows]
@@ -249,7 +249,7 @@ def _trial(attention, q, k, v, borders): # output and gradients, one after the o
     return torch.cat([x.float().flatten() for x in (out, *gradients)])
 
 def _try(attention, device:torch.device, dtype:torch.dtype, k:int, packings)->str:
-    "What is wrong with an attention, empty if nothing: 2 sequences of 32 tokens, 2 heads of k, forward and backward"
+    "What is wrong with an attention, forward or backward, on 2 sequences of 32 tokens; empty if nothing is"
     if device.type == 'cuda': torch.cuda.set_device(device)  # of this thread
     drawn = torch.randn(3, 2, 32, 2, k, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     documents = torch.tensor([0, 5, 16, 32, 51, 64, 64], dtype=torch.int32, device=device)
