@@ -11,53 +11,63 @@ from torch import Tensor, nn
 
 # %% ../../nbs/20_model.norm.ipynb #inverse-rms
 def inverse_rms(x:Tensor, # (..., d)
-                eps:float,
+                eps:float, # added to the mean square
                )->Tensor: # (..., 1), float32, or float64 for such an x
     "1/RMS of the vectors in `x`"
     wide = x if x.dtype == torch.float64 else x.float()
-    with torch.autocast(x.device.type, enabled=False):   # which would take the product for a matrix product, and use bfloat16
-        return torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1)/x.shape[-1] + eps)
+    with torch.autocast(x.device.type, enabled=False): # autocast would take vecdot for a matmul, and use bfloat16
+        mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)/x.shape[-1]
+        return torch.rsqrt(mean_square + eps)
 
 # %% ../../nbs/20_model.norm.ipynb #rmsnorm-backward
-def rmsnorm_backward(dn:Tensor,    # (..., d) gradient of the output
-                     x:Tensor,     # (..., d) input
-                     gains:Tensor, # (d,)
-                     eps:float,
-                    )->tuple[Tensor, Tensor]: # gradient of x (..., d), and of the gains (d,), in their types
+def rmsnorm_backward(dn:Tensor,     # (..., d) gradient of the output
+                     x:Tensor,      # (..., d) input
+                     weight:Tensor, # (d,)
+                     eps:float,     # added to the mean square
+                    )->tuple[Tensor, Tensor]: # gradient of x (..., d), and of the weight (d,), in their types
     "Backward pass of RMSNorm, in float32 or better"
     r = inverse_rms(x, eps)
-    hat, dn = x*r, dn.to(r.dtype)
-    product, direct = dn*hat, dn*gains
-    with torch.autocast(x.device.type, enabled=False): mean = torch.linalg.vecdot(direct, hat).unsqueeze(-1)/x.shape[-1]
+    hat = x*r
+    dn = dn.to(r.dtype)
+    product = dn*hat
+    direct = dn*weight
+    with torch.autocast(x.device.type, enabled=False):
+        mean = torch.linalg.vecdot(direct, hat).unsqueeze(-1)/x.shape[-1]
     dx = torch.addcmul(direct, hat, mean, value=-1).mul_(r)
-    return dx.to(x.dtype), product.sum(list(range(x.ndim - 1))).to(gains.dtype)
+    tokens = list(range(x.ndim - 1))
+    return dx.to(x.dtype), product.sum(tokens).to(weight.dtype)
 
 # %% ../../nbs/20_model.norm.ipynb #rmsnorm
 class _Normalise(torch.autograd.Function):
-    "x/RMS(x)*gains, with the backward pass above"
+    "x/RMS(x)*weight, with the backward pass above"
     @staticmethod
-    def forward(ctx, x, gains, eps):
-        ctx.save_for_backward(x, gains)
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return (x*inverse_rms(x, eps)).to(x.dtype)*gains.to(x.dtype)
+        return (x*inverse_rms(x, eps)).to(x.dtype)*weight.to(x.dtype)
+
     @staticmethod
-    def backward(ctx, dn): return *rmsnorm_backward(dn, *ctx.saved_tensors, ctx.eps), None
+    def backward(ctx, dn):
+        x, weight = ctx.saved_tensors
+        return *rmsnorm_backward(dn, x, weight, ctx.eps), None
 
-def rmsnorm(x:Tensor,     # (..., d)
-            gains:Tensor, # (d,)
-            eps:float,    # added to the mean square
-           )->Tensor:     # (..., d), dtype of x
-    "x/RMS(x)*gains (Zhang & Sennrich 2019, equation 4)"
-    return _Normalise.apply(x, gains, eps)
+def rmsnorm(x:Tensor,      # (..., d)
+            weight:Tensor, # (d,)
+            eps:float,     # added to the mean square
+           )->Tensor:      # (..., d), dtype of x
+    "x/RMS(x)*weight (Zhang & Sennrich 2019, equation 4)"
+    return _Normalise.apply(x, weight, eps)
 
+# %% ../../nbs/20_model.norm.ipynb #rmsnorm-module
 class RMSNorm(nn.Module):
-    "Divide by the root mean square over the last axis, then scale by learned gains (Zhang & Sennrich 2019, equation 4)"
+    "Divide by the root mean square over the last axis, then scale by a weight (Zhang & Sennrich 2019, equation 4)"
     def __init__(self,
                  dim:int,       # d
                  eps:float=1e-6 # added to the mean square
                 ):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self,
                 x:Tensor  # (..., d)
