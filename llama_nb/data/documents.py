@@ -69,7 +69,8 @@ def _utf8(path:Path)->str:
     try: return path.read_bytes().decode('utf-8')
     except UnicodeDecodeError as e:
         byte = e.object[e.start]
-        raise UserError(f'{path} is not UTF-8: byte {e.start} is 0x{byte:02x}; convert it or leave it out') from None
+        raise UserError(f'{path} is not UTF-8: byte {e.start} is 0x{byte:02x}; '
+                        'convert it or leave it out') from None
 
 def _json_lines(path:Path, name:str)->Iterator[Document]:
     "Documents of a JSON lines file"

@@ -58,7 +58,8 @@ class Tokenizer:
         self._sp = sp = _open_model(path, data)
         self.digest = bytes_digest(data)
         self.vocab_size = sp.vocab_size()
-        self.unk_id, self.bos_id, self.eos_id, self.pad_id = sp.unk_id(), sp.bos_id(), sp.eos_id(), sp.pad_id()
+        self.unk_id, self.bos_id = sp.unk_id(), sp.bos_id()
+        self.eos_id, self.pad_id = sp.eos_id(), sp.pad_id()
 
     def encode(self,
                text:str,
@@ -76,7 +77,8 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
-            raise UserError(f'token ids must lie in 0..{self.vocab_size-1}, not {wrong}; were they made by another tokenizer?')
+            raise UserError(f'token ids must lie in 0..{self.vocab_size-1}, not {wrong}; '
+                            'were they made by another tokenizer?')
         return self._sp.decode(ids)
 
     def pieces(self, text:str)->list[str]:
@@ -92,9 +94,9 @@ def train_tokenizer(texts:Iterable[str],
 
     Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text"""
     model = io.BytesIO()
-    train = sentencepiece.SentencePieceTrainer.train
+    settings = dict(LLAMA_SPEC, vocab_size=vocab_size, minloglevel=5)
     lines = training_lines(texts)
-    try: train(sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=5, **LLAMA_SPEC)
+    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     except RuntimeError as e: raise UserError(_explain(str(e), vocab_size)) from None
     write_atomic(path, model.getvalue())
     return Tokenizer(path)
@@ -106,7 +108,9 @@ def _explain(message:str, vocab_size:int)->str:
     if 'sentences_.empty' in message:
         return 'there is no text to learn a tokenizer from; give it documents'
     if 'too high' in message:
-        return f'the text is too small for vocab_size {vocab_size}; it gives at most {number}: lower vocab_size or add text'
+        return (f'the text is too small for vocab_size {vocab_size}; it gives at most {number}: '
+                'lower vocab_size or add text')
     if 'required_chars' in message:
-        return f'vocab_size {vocab_size} does not hold all single characters, bytes and special tokens of this text; raise it'
+        return (f'vocab_size {vocab_size} does not hold all single characters, bytes and special tokens '
+                'of this text; raise it')
     return f'SentencePiece could not learn from this text: {message}'

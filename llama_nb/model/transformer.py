@@ -39,7 +39,7 @@ class TransformerBlock(nn.Module):
 def weight_std(name:str,       # of a parameter, such as layers.0.attention.wo.weight
                n_layers:int,
                std:float=0.02, # of the matrices that do not write into the stream
-              )->float|None:   # standard deviation at initialisation; None for a norm weight, which starts as one
+              )->float|None:   # standard deviation at first; None for a norm weight, which starts as one
     "How a parameter is initialised: those that write into the stream are smaller by sqrt(2 n_layers)"
     if name.endswith('norm.weight'): return None
     writes = name.endswith(('wo.weight', 'w2.weight'))
@@ -56,7 +56,7 @@ def init_weights(model:nn.Module, # a LLaMA
 
 # %% ../../nbs/24_model.transformer.ipynb #llama
 class LLaMA(nn.Module):
-    "The language model of section 2.2. Raises `UserError` for token ids out of range and for texts beyond `max_seq_len`"
+    "The language model of section 2.2. Raises `UserError` for ids out of range and texts beyond `max_seq_len`"
     def __init__(self, config:ModelConfig):
         super().__init__()
         self.config = config
@@ -69,7 +69,7 @@ class LLaMA(nn.Module):
 
     def forward(self,
                 tokens:Tensor,         # (b, t) int64
-                positions:Tensor=None, # (t,) or (b, t) int64, where each token stands; next after the cache if None
+                positions:Tensor=None, # (t,) or (b, t) int64, of each token; next after the cache if None
                 cache:list=None,       # one KV cache per layer, for generation
                 visible:Tensor=None,   # (b, s) bool, keys that may be looked at; all if None
                 borders:Tensor=None,   # (n+1,) int32, of documents in the b*t tokens, if none may see another
@@ -121,7 +121,7 @@ def next_positions(tokens:Tensor, # (b, t)
     return torch.arange(start, end, device=tokens.device)
 
 # %% ../../nbs/24_model.transformer.ipynb #document-positions
-def document_positions(borders:Tensor, # (n+1,) int32, where documents begin in the b*t tokens; 0 first, b*t last
+def document_positions(borders:Tensor, # (n+1,) int32, where documents begin; 0 first, b*t last
                        b:int,          # sequences
                        t:int,          # tokens per sequence
                       )->Tensor:       # (b, t) int64, 0 at the first token of each document
