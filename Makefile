@@ -40,11 +40,12 @@ gpu: .venv/installed-dev
 	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
 notebooks: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python tools/pages.py --n_workers 2
 
 prepare: .venv/installed-dev
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
 docs: .venv/installed-dev

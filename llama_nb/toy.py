@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'zlib_bits_per_byte', 'Trigram', 'look_up', 'trigram_bits_
            'write_samples', 'toy', 'summary']
 
 # %% ../nbs/34_toy.ipynb #imports
-import json, math, zlib
+import json, zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data.shards import TokenShards, write_shards
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .infer.generate import generate
 from .train.loss import bits_per_byte
-from .train.trainer import Trainer, evaluate, fit
+from .train.trainer import evaluate, fit, start_run
 
 # %% ../nbs/34_toy.ipynb #zlib
 def zlib_bits_per_byte(docs:Iterable[Document])->float:
@@ -90,8 +90,8 @@ def prepare(out,               # the run's folder
     report(f'text       {len(train):,} documents of your Python, {size/1e6:.1f} MB; '
            f'{len(held_out)} more are held out')
     path = out/'tokenizer.model'
-    if path.exists(): tokenizer = Tokenizer(path)
-    else: tokenizer = train_tokenizer((d.text for d in train[::4]), path, vocab_size)
+    if not path.exists(): train_tokenizer((d.text for d in train[::4]), path, vocab_size)
+    tokenizer = Tokenizer(path)
     for name, docs in (('train', train), ('held_out', held_out)):
         folder = out/'tokens'/name
         shards = TokenShards(folder) if folder.exists() else write_shards(docs, tokenizer, folder)
@@ -137,11 +137,11 @@ def write_samples(model,
 def toy(config:RunConfig, # as from `toy_config`
         progress:bool=True,
         report=print,
-        ready=lambda run: run, # called with the Trainer before it trains, such as `prepare_run`
+        ready=lambda run: run, # called with the `Trainer` before it trains, such as `prepare_run`
        )->dict|None:      # the results, or None if it was stopped
     "Prepare, train, evaluate, sample: everything once, in one folder"
     tokenizer, zlib_bits = prepare(config.out, config.model.vocab_size, report)
-    run = ready(Trainer(config, report=report))
+    run = ready(start_run(config, report=report))
     batch = config.data.batch_size*config.data.seq_len
     report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {batch:,} tokens '
            f'on {run.device}')

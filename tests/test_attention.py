@@ -19,7 +19,7 @@ from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh, run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
 from llama_nb.train.recompute import apply_recompute, recompute_selective
-from llama_nb.train.trainer import Trainer, accumulate, train_step
+from llama_nb.train.trainer import accumulate, start_run, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_WHEEL = sys.platform == 'linux' and platform.machine() == 'x86_64'      # there xformers is a requirement
@@ -169,7 +169,7 @@ def test_a_compiled_run_is_compiled(run_file, documents, fresh):
     "Through the trainer: every block is one graph, and a block that breaks in two would be an error"
     told, settings = [], ('--data.documents', documents, '--train.recompute', 'linear', '--train.compile', 'blocks')
     with compiled_by('aot_eager', told):
-        run = Trainer(load_run(run_file(10), settings), report=lambda line: None)
+        run = start_run(load_run(run_file(10), settings), report=lambda line: None)
         for _ in range(2): train_step(run)
     run.batches = None
     assert counters['stats']['unique_graphs'] >= 1 and not counters['graph_break'], (dict(counters['stats']), dict(counters['graph_break']))

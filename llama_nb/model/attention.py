@@ -192,7 +192,7 @@ BACKENDS['sdpa'] = attend_sdpa
 # %% ../../nbs/23_model.attention.ipynb #xformers
 def _for_xformers(borders, *rows): # what its functions want: the rows, and a description of the mask
     masks = _LOADED['xformers'].attn_bias
-    (b, t), s = rows[0].shape[:2], rows[1].shape[1]
+    b, t = rows[0].shape[:2]
     if borders is None: return rows, None if t == 1 else masks.LowerTriangularFromBottomRightMask()
     info = masks._SeqLenInfo(seqstart=borders, max_seqlen=t, min_seqlen=0, seqstart_py=[0, b*t])
     return [x.flatten(0, 1)[None] for x in rows], masks.BlockDiagonalCausalMask(q_seqinfo=info, k_seqinfo=info)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..core import UserError, to_autocast
 
 # %% ../../nbs/41_train.chunked_loss.ipynb #chunk-error
-def _loss_and_error(z:Tensor,       # (c, v) float32, logits of a chunk; overwritten by their gradient if `wanted`
+def _loss_and_error(z:Tensor,       # (c, v) float32, logits of a chunk; if `wanted`, then their gradient
                     y:Tensor,       # (c, 1) int64, targets
                     ignore_index:int,
                     wanted:bool,    # whether a gradient will be needed
@@ -59,8 +59,10 @@ def _add_product(total:Tensor, # (v, d) float32, grows in place
                  b:Tensor,     # (c, d), of the type of `a`
                 ):
     "total += a @ b, without a copy where the types are equal"
-    if b.dtype == total.dtype: torch.addmm(total, a, b, out=total)
-    else: total.add_(a@b)
+    if b.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total.add_(a@b)
 
 # %% ../../nbs/41_train.chunked_loss.ipynb #chunked-loss-sum
 def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the last norm
