@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from llama_nb.model.attention import backend_problem, backend_report
+from llama_nb.model.kernels import backend_problem, backend_report
 from llama_nb.core import UserError, pick_dtype
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.memory import memory_per_rank

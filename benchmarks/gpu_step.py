@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.core import UserError
-from llama_nb.model.attention import pick_backend
+from llama_nb.model.kernels import pick_backend
 from llama_nb.model.transformer import LLaMA
 from llama_nb.scale.flops import device_peak, hfu, measure_matmul_peak, mfu, model_products
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr

@@ -3,7 +3,7 @@ Skipped where there is no GPU."""
 from contextlib import contextmanager
 import pytest, torch
 from llama_nb.config import ModelConfig, OptimConfig
-from llama_nb.model.attention import attend, backend_problem
+from llama_nb.model.kernels import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
 from llama_nb.train.chunked_loss import chunked_loss_sum
 from llama_nb.train.loss import loss_sum

@@ -121,11 +121,12 @@ def faults(svg):
     "What is wrong with the words of a picture"
     elements = list(ET.fromstring(svg))
     texts = [e for e in elements if e.tag == f'{SVG}text']
+    boxes = [extent(text) for text in texts]
     found = []
-    for i, text in enumerate(texts):
-        box, ground = extent(text), ground_of(text, elements)
+    for i, (text, box) in enumerate(zip(texts, boxes)):
+        ground = ground_of(text, elements)
         if not inside(box, rectangle(ground), 5): found.append(f'{text.text!r} leaves its box')
-        found += [f'{text.text!r} on {other.text!r}' for other in texts[:i] if meet(box, extent(other))]
+        found += [f'{text.text!r} on {t.text!r}' for t, other in zip(texts[:i], boxes) if meet(box, other)]
         lines = strokes(elements[elements.index(ground):])
         found += [f'a line through {text.text!r}' for piece in lines if meet(box, piece)]
         later = [e for e in elements[elements.index(text):] if e.tag == f'{SVG}rect']

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from types import SimpleNamespace
 import torch
-from llama_nb.model import attention
+from llama_nb.model import kernels
 
 CALLS = Counter()
 
@@ -85,11 +85,11 @@ def install():
         # its list of operators for NVIDIA
         fmha.dispatch.torch = SimpleNamespace(version=SimpleNamespace(cuda='12.8', hip=None),
                                               Tensor=torch.Tensor)
-    attention.XFORMERS_DEVICES.add('cpu')
-    attention._PROBLEMS.clear()
+    kernels.XFORMERS_DEVICES.add('cpu')
+    kernels.TRIALS.clear()
     return fmha
 
 def remove():
     "The backend 'xformers' cannot run on a CPU any more"
-    attention.XFORMERS_DEVICES.discard('cpu')
-    attention._PROBLEMS.clear()
+    kernels.XFORMERS_DEVICES.discard('cpu')
+    kernels.TRIALS.clear()

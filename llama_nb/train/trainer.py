@@ -23,7 +23,7 @@ from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
 from ..data.loader import Loader, batch_borders, check_loader_state, loader_state, prefetch
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
-from ..model.attention import backend_report, pick_backend
+from ..model.kernels import backend_report, pick_backend
 from ..model.transformer import LLaMA
 from ..parallel.agree import on_all_ranks, on_rank_zero, total
 from ..parallel.data import apply_data_parallel, materialize, sync_gradients
