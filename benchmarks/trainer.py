@@ -67,8 +67,8 @@ def block(run, s, kind):
     return {'seconds': seconds, 'waited': waited, 'stood': stood}
 
 def main(s):
-    from llama_nb.parallel.agree import everywhere, on_rank_zero
-    from llama_nb.parallel.mesh import rank_and_size, start_ranks, stop_ranks
+    from llama_nb.parallel.mesh import on_all_ranks, on_rank_zero, rank_and_size
+    from llama_nb.parallel.processes import start_ranks, stop_ranks
     start_ranks('cpu')
     rank, ranks = rank_and_size()
     folder = Path(on_rank_zero(tempfile.mkdtemp))
@@ -81,7 +81,7 @@ def main(s):
             if i: got[kind].append(found)                                   # the first round warms up
     if rank == 0: write(s, got, run)
     run.batches = None
-    everywhere(lambda: None)                                                # nobody needs the folder any more
+    on_all_ranks(lambda: None)                                              # nobody needs the folder any more
     on_rank_zero(lambda: shutil.rmtree(folder))
     stop_ranks()
 

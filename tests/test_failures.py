@@ -10,9 +10,9 @@ from conftest import ENV, ROOT, metrics
 from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
-from llama_nb.parallel import mesh
-from llama_nb.parallel.agree import everywhere, on_rank_zero
-from llama_nb.parallel.mesh import host_group, make_mesh, rank_and_size, run_ranks, start_ranks
+from llama_nb.parallel import processes
+from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
+from llama_nb.parallel.processes import host_group, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
 from llama_nb.train.guards import collective_seconds
 
@@ -107,7 +107,7 @@ def _two(run_path:str, folder:str)->dict:
         def action(): raise error
         return action
     stale, missing = OSError(errno.ESTALE, 'Stale file handle'), FileNotFoundError(errno.ENOENT, 'No such file')
-    found['told'] = [_kind(lambda: everywhere(fail(stale))), _kind(lambda: everywhere(fail(missing))), _kind(lambda: on_rank_zero(fail_first(stale))), _kind(lambda: on_rank_zero(fail_first(missing)))]
+    found['told'] = [_kind(lambda: on_all_ranks(fail(stale))), _kind(lambda: on_all_ranks(fail(missing))), _kind(lambda: on_rank_zero(fail_first(stale))), _kind(lambda: on_rank_zero(fail_first(missing)))]
     discard = checkpoint._discard
     def slowly(path): import time; time.sleep(1); discard(path)
     checkpoint._discard = slowly
@@ -142,7 +142,7 @@ def test_every_group_has_the_same_time_limit_below_the_watchdogs(two):
 def test_a_single_process_takes_the_gpu_it_is_told(monkeypatch):
     taken = []
     monkeypatch.delenv('WORLD_SIZE', raising=False)
-    monkeypatch.setattr(mesh, 'pick_device', torch.device)
+    monkeypatch.setattr(processes, 'pick_device', torch.device)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: taken.append(device))
     assert start_ranks('cuda:1') == torch.device('cuda:1') and taken == [torch.device('cuda:1')]

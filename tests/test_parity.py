@@ -6,7 +6,7 @@ import pytest, torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import parity
 from parity import case
-from llama_nb.parallel.mesh import run_ranks
+from llama_nb.parallel.processes import run_ranks
 
 ALL = [(2, 'FSDP'), (4, 'HSDP'), (2, 'TP'), (2, 'TP+SP'), (4, 'FSDP x TP+SP')]           # each with all recompute modes; benchmarks/parity.py has the rest
 ONCE = [(2, 'HSDP'), (4, 'FSDP'), (4, 'TP'), (4, 'TP+SP'), (4, 'HSDP x TP+SP')]

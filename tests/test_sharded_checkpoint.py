@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import llama_nb.train.sharded as pieces
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.model.transformer import LLaMA
-from llama_nb.parallel.mesh import _rank, make_mesh, run_ranks
+from llama_nb.parallel.mesh import make_mesh
+from llama_nb.parallel.processes import rank_main, run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.train.checkpoint import *
 from llama_nb.train.optim import make_optimizer
@@ -375,7 +376,7 @@ def fork_both(meeting, **arguments):
         if (pid := os.fork()) == 0:
             try:
                 signal.alarm(150); os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-                _rank(f'{ME}:killed_worker', json.dumps(arguments), meeting, 2, rank, 100)
+                rank_main(f'{ME}:killed_worker', json.dumps(arguments), meeting, 2, rank, 100)
             finally: os._exit(1)                                         # never back into pytest
         pids.append(pid)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
