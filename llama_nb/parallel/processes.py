@@ -113,11 +113,18 @@ def rank_main(worker:str,          # 'package.module:function', or the name of w
     dist.destroy_process_group()
     end_rank(0)
 
-# %% ../../nbs/53_parallel.processes.ipynb #wait
+# %% ../../nbs/53_parallel.processes.ipynb #end-all
 def _last_words_of(log)->str:
     log.seek(0)
     return log.read()[-3000:]
 
+def _end(ranks, logs):
+    for p in ranks:
+        p.kill()
+        p.wait()
+    for log in logs: log.close()
+
+# %% ../../nbs/53_parallel.processes.ipynb #wait
 def _wait(ranks, logs, name, timeout):
     "Until all ranks have ended well; raise at the first that has not, or name all that are late"
     end = time.monotonic() + timeout
@@ -135,12 +142,6 @@ def _wait(ranks, logs, name, timeout):
     if not late: return
     said = [f'rank {r} of {name} did not end in {timeout} s:\n{_last_words_of(logs[r])}' for r in late]
     raise RuntimeError('\n'.join(said))
-
-def _end(ranks, logs):
-    for p in ranks:
-        p.kill()
-        p.wait()
-    for log in logs: log.close()
 
 # %% ../../nbs/53_parallel.processes.ipynb #run-ranks
 _RANK_MAIN = 'import sys; from llama_nb.parallel.processes import rank_main; rank_main(*sys.argv[1:])'
