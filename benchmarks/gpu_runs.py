@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from llama_nb.config import ModelConfig, dump_run
 from llama_nb.data.shards import TokenShards
-from llama_nb.parallel.mesh import stop_ranks
+from llama_nb.parallel.processes import stop_ranks
 from llama_nb.train import trainer as loop
 from llama_nb.train.checkpoint import list_checkpoints, load_checkpoint
 from gpu_parts import DOCUMENTS, MINI, SMALL, backends, device, first_line, free, run_config, trainer, wait

@@ -75,8 +75,8 @@ def block(run, s, kind):
     return {'seconds': seconds, 'waited': waited, 'stood': stood}
 
 def main(s):
-    from llama_nb.parallel.agree import on_all_ranks, on_rank_zero
-    from llama_nb.parallel.mesh import rank_and_size, start_ranks, stop_ranks
+    from llama_nb.parallel.mesh import on_all_ranks, on_rank_zero, rank_and_size
+    from llama_nb.parallel.processes import start_ranks, stop_ranks
     start_ranks('cpu')
     rank, ranks = rank_and_size()
     folder = Path(on_rank_zero(tempfile.mkdtemp))

@@ -19,7 +19,7 @@ from .data.shards import write_shards
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .infer.generate import check_request, generate_steps, stream_text
 from .model.transformer import LLaMA
-from .parallel.mesh import end_rank, last_words, stop_ranks
+from .parallel.processes import end_rank, last_words, stop_ranks
 from .toy import toy, toy_config
 from .train.checkpoint import consolidate, latest_checkpoint, load_checkpoint
 from .train.host import prepare_run

@@ -18,7 +18,8 @@ from llama_nb.model import kernels
 from llama_nb.model.kernels import attend, backend_problem, backend_report, document_numbers, pick_backend
 from llama_nb.model.transformer import LLaMA, document_positions, init_weights
 from llama_nb.parallel.data import apply_data_parallel, materialize
-from llama_nb.parallel.mesh import data_rank, make_mesh, run_ranks
+from llama_nb.parallel.mesh import data_rank, make_mesh
+from llama_nb.parallel.processes import run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
 from llama_nb.train.recompute import apply_recompute, recompute_selective
 from llama_nb.train.trainer import accumulate, start_run, train_step

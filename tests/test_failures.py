@@ -11,9 +11,9 @@ from conftest import ENV, ROOT, metrics
 from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
-from llama_nb.parallel import mesh
-from llama_nb.parallel.agree import on_all_ranks, on_rank_zero
-from llama_nb.parallel.mesh import host_group, make_mesh, rank_and_size, run_ranks, start_ranks
+from llama_nb.parallel import processes
+from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
+from llama_nb.parallel.processes import host_group, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
 from llama_nb.train.guards import collective_seconds
 
@@ -174,7 +174,7 @@ def test_every_group_has_the_same_time_limit_below_the_watchdogs(two):
 def test_a_single_process_takes_the_gpu_it_is_told(monkeypatch):
     taken = []
     monkeypatch.delenv('WORLD_SIZE', raising=False)
-    monkeypatch.setattr(mesh, 'pick_device', torch.device)
+    monkeypatch.setattr(processes, 'pick_device', torch.device)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: taken.append(device))
     assert start_ranks('cuda:1') == torch.device('cuda:1') and taken == [torch.device('cuda:1')]
@@ -210,7 +210,7 @@ def test_one_gloo_group_beside_nccl_and_none_in_the_mesh(monkeypatch):
     made, meshes = [], []
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'new_group', lambda **kwargs: made.append(kwargs))
-    monkeypatch.setattr(mesh, 'init_device_mesh', lambda *args, **kwargs: meshes.append(kwargs))
+    monkeypatch.setattr(processes, 'init_device_mesh', lambda *args, **kwargs: meshes.append(kwargs))
     monkeypatch.setattr(dist, 'get_backend_config', lambda: 'cuda:nccl,cpu:gloo')
     assert host_group(60.) is None and not made
     make_mesh((1, 2, 1), 'cuda')

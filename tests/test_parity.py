@@ -6,7 +6,7 @@ import pytest, torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import parity
 from parity import case
-from llama_nb.parallel.mesh import run_ranks
+from llama_nb.parallel.processes import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # all cases are measured for whoever asks first
 

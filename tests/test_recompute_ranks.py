@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
 from llama_nb.model.transformer import LLaMA, init_weights
-from llama_nb.parallel.mesh import run_ranks
+from llama_nb.parallel.processes import run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.train.loss import loss_sum
 from llama_nb.train.recompute import apply_recompute, recompute_by_hand

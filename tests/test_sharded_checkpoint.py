@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import llama_nb.train.sharded as pieces
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.model.transformer import LLaMA
-from llama_nb.parallel.mesh import _rank, make_mesh, run_ranks
+from llama_nb.parallel.mesh import make_mesh
+from llama_nb.parallel.processes import rank_main, run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.train.checkpoint import (Saver, consolidate, latest_checkpoint, list_checkpoints,
                                        load_checkpoint, load_into, lock_folder, save_checkpoint)
@@ -470,7 +471,7 @@ def fork_both(meeting, **arguments):
             try:
                 signal.alarm(150)
                 os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-                _rank(f'{ME}:killed_worker', json.dumps(arguments), meeting, 2, rank, 100)
+                rank_main(f'{ME}:killed_worker', json.dumps(arguments), meeting, 2, rank, 100)
             finally:
                 os._exit(1)                                         # never back into pytest
         pids.append(pid)

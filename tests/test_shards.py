@@ -60,7 +60,7 @@ def opening_worker(path, folder):
     "Open the data of a run as the trainer does; looks at files, and what was said"
     from llama_nb.config import load_run
     from llama_nb.core import UserError
-    from llama_nb.parallel.agree import on_all_ranks
+    from llama_nb.parallel.mesh import on_all_ranks
     from llama_nb.train.trainer import open_data
     def opened():
         try:
@@ -80,7 +80,7 @@ def many_shards(folder, tokens, n=60):
     return shards
 
 def test_opening_costs_one_look_a_file_however_many_ranks(tmp_path, tokens, run_file):
-    from llama_nb.parallel.mesh import run_ranks
+    from llama_nb.parallel.processes import run_ranks
     shards = many_shards(tmp_path/'many', tokens)
     path = run_file(10)
     path.write_text(path.read_text().replace(str(tokens), str(tmp_path/'many')))

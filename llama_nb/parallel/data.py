@@ -6,34 +6,30 @@
 __all__ = ['apply_data_parallel', 'sync_gradients', 'materialize']
 
 # %% ../../nbs/52_parallel.data.ipynb #imports
-import hashlib, time
+import hashlib
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's own checkpoints use it
-from torch.utils._python_dispatch import TorchDispatchMode
-from ..config import ModelConfig
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's checkpoints do
 from ..model.transformer import LLaMA, weight_std
-from .mesh import make_mesh
-from .tensor import _TINY, _batch, apply_tensor_parallel
 
 # %% ../../nbs/52_parallel.data.ipynb #apply
-def apply_data_parallel(model:LLaMA,     # on any device, meta included; after tensor parallelism, recompute and compile
+def apply_data_parallel(model:LLaMA,     # on any device; after tensor parallelism, recompute and compile
                         mesh:DeviceMesh, # replicate x shard x tensor, from `make_mesh`
-                        dtype:torch.dtype=torch.float32, # that weights are gathered in; gradients are summed in float32
+                        dtype:torch.dtype=torch.float32, # that weights are gathered in; sums are in float32
                        ):
-    "Share weights, gradients and optimiser state of `model` over the data ranks, in place. Gradients become sums over the data ranks, not means"
+    """Share weights, gradients and optimiser state of `model` over the data ranks, in place: FSDP, or HSDP
+    with replicas. Gradients become sums over the data ranks, not means"""
     replicate, shard = mesh['replicate'].size(), mesh['shard'].size()
     if replicate*shard == 1: return
     ranks = mesh['replicate', 'shard'] if replicate > 1 else mesh['shard']
-    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    last = len(model.layers) - 1
-    for i, layer in enumerate(model.layers): fully_shard(layer, mesh=ranks, mp_policy=policy, reshard_after_forward=i != last)
-    fully_shard(model, mesh=ranks, mp_policy=policy, reshard_after_forward=False)
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32: policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    *blocks, last = model.layers
+    for block in blocks: fully_shard(block, mesh=ranks, mp_policy=policy, reshard_after_forward=True)
+    for kept in (last, model): fully_shard(kept, mesh=ranks, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, 'hidden')
     for module in (model, *model.layers):
         module.set_force_sum_reduction_for_comms(True)
@@ -43,7 +39,7 @@ def apply_data_parallel(model:LLaMA,     # on any device, meta included; after t
 def sync_gradients(model:nn.Module,
                    last:bool, # the next backward pass is the last of the step
                   ):
-    "Gradients are always scattered within the shard group; whether the next backward pass sums them over the replicas too"
+    "Whether the next backward pass sums gradients over the replicas; within a shard group it always scatters"
     if isinstance(model, FSDPModule): model.set_requires_all_reduce(last)
 
 # %% ../../nbs/52_parallel.data.ipynb #materialize
@@ -52,8 +48,22 @@ _ROWS = 16                                                                 # dra
 def _draw(name:str, seed:int, block:int, shape)->Tensor: # standard normal, on the CPU
     "Numbers that depend on nothing else"
     own = hashlib.sha256(f'{seed} {name} {block}'.encode()).digest()[:8]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(own, 'little')))
+    generator = torch.Generator().manual_seed(int.from_bytes(own, 'little'))
+    return torch.randn(shape, generator=generator)
 
+def _place(p:Tensor): # (rows, columns) of this rank's part, and where it begins
+    if not isinstance(p, DTensor): return p.shape, (0, 0)
+    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+
+def _fill(name:str, p:Tensor, mine:Tensor, seed:int, std:float):
+    "Give this rank's part `mine` of the matrix `p` its numbers"
+    (rows, columns), (top, left) = _place(p)
+    for first in range(top//_ROWS*_ROWS, top + rows, _ROWS):
+        drawn = _draw(name, seed, first//_ROWS, (min(_ROWS, p.shape[0] - first), p.shape[1]))
+        begin, end = max(first, top), min(first + len(drawn), top + rows)
+        mine[begin - top:end - top] = drawn[begin - first:end - first, left:left + columns]*std
+
+# %% ../../nbs/52_parallel.data.ipynb #materialize-all
 @torch.no_grad()
 def materialize(model:LLaMA, # on the meta device or not, shared or not
                 seed:int,
@@ -62,61 +72,7 @@ def materialize(model:LLaMA, # on the meta device or not, shared or not
     "Give the parameters memory on `device` and their first numbers: the same ones whatever the layout"
     model.to_empty(device=device)
     for name, p in model.named_parameters():
-        std, mine = weight_std(name, model.config.n_layers), p.to_local() if isinstance(p, DTensor) else p
-        if std is None: mine.fill_(1.); continue
-        here = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements) if isinstance(p, DTensor) else (p.shape, (0, 0))
-        (rows, columns), (top, left) = here
-        for first in range(top//_ROWS*_ROWS, top + rows, _ROWS):
-            drawn = _draw(name, seed, first//_ROWS, (min(_ROWS, p.shape[0] - first), p.shape[1]))
-            begin, end = max(first, top), min(first + len(drawn), top + rows)
-            mine[begin - top:end - top] = drawn[begin - first:end - first, left:left + columns]*std
-
-# %% ../../nbs/52_parallel.data.ipynb #paint
-def _shared(config:ModelConfig, degrees, dtype:torch.dtype=torch.float32)->LLaMA:
-    "A model on CPU ranks, with its first numbers"
-    mesh = make_mesh(tuple(degrees), 'cpu')
-    with torch.device('meta'): model = LLaMA(config)
-    apply_tensor_parallel(model, mesh['tensor']); apply_data_parallel(model, mesh, dtype); materialize(model, 0, 'cpu')
-    return model
-
-@torch.no_grad()
-def _paint(layouts:list, names:list)->list: # for each layout: name -> (rows, columns) of rank numbers; are the numbers those of one process; how many are here
-    "Who owns which part of some matrices, as this rank sees it"
-    plain, out = LLaMA(_TINY), []
-    materialize(plain, 0, 'cpu')
-    for degrees in layouts:
-        model = _shared(_TINY, degrees)
-        mine = dict(model.named_parameters())
-        same, held = all(torch.equal(mine[n].full_tensor(), p) for n, p in plain.named_parameters()), sum(p.to_local().numel() for p in mine.values())
-        for n in names: mine[n].to_local().fill_(dist.get_rank())
-        out.append({'owners': {n: mine[n].full_tensor().int().tolist() for n in names}, 'same': same, 'held': held})
-    return out
-
-# %% ../../nbs/52_parallel.data.ipynb #wire
-class _Wire(TorchDispatchMode):
-    "Writes down the collectives of the data ranks: their names and the bytes of the whole, gathered or to be scattered"
-    def __init__(self): super().__init__(); self.calls = []
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace == 'c10d' and operator.__name__.startswith(('_allgather_base', '_reduce_scatter_base', 'allreduce')):
-            tensors = [a for a in args if isinstance(a, Tensor)] or list(args[0])
-            self.calls.append((operator.__name__.split('.')[0].strip('_'), max(t.numel()*t.element_size() for t in tensors)))
-        return operator(*args, **(kwargs or {}))
-
-def _step(model, pieces:int=1, always:bool=False):
-    "Forward and backward through copies of a batch; replicas sum after the last, or after each"
-    x, y = _batch()
-    for left in reversed(range(pieces)):
-        sync_gradients(model, always or left == 0)
-        F.cross_entropy((model.hidden(x)@model.output.weight.T).flatten(0, 1).float(), y.flatten(), reduction='sum').backward()
-
-def _trial(cases:list)->dict: # (degrees, dtype, pieces, always)
-    "The collectives of a step in each case; norms of the last one's gradient; and what gloo takes for a mean"
-    wires = []
-    for degrees, dtype, pieces, always in cases:
-        model = _shared(_TINY, degrees, getattr(torch, dtype))
-        with _Wire() as wire: _step(model, pieces, always)
-        wires.append(wire.calls)
-    here = sum(p.grad.to_local().square().sum() for p in model.parameters()).sqrt()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.).full_tensor()
-    dist.reduce_scatter_tensor(mean := torch.zeros(1), torch.full((dist.get_world_size(),), 1. + dist.get_rank()), op=dist.ReduceOp.AVG)
-    return {'wires': wires, 'norm here': here.item(), 'norm': norm.item(), 'mean': mean.item()}
+        mine = p.to_local() if isinstance(p, DTensor) else p
+        std = weight_std(name, model.config.n_layers)
+        if std is None: mine.fill_(1.)
+        else: _fill(name, p, mine, seed, std)

@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel, parallelize_module
-from ..config import ModelConfig
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from ..core import UserError, to_autocast
 from ..model.norm import rmsnorm
 from ..model.transformer import LLaMA
 from .mesh import check_tensor_degree
 
 # %% ../../nbs/51_parallel.tensor.ipynb #gains
-class _SharedGains(ParallelStyle):
-    "Equal gains on all ranks; their gradient is a sum over the ranks if each sees only some positions"
+class _SharedNorm(ParallelStyle):
+    "Equal norm weights on all ranks; the gradient is a sum over the ranks if each sees only some positions"
     def __init__(self, sequence:bool): self.gradient = [Partial() if sequence else Replicate()]
 
     def _apply(self, norm:nn.Module, mesh:DeviceMesh)->nn.Module:
         norm.weight = nn.Parameter(distribute_tensor(norm.weight, mesh, [Replicate()], src_data_rank=None))
-        norm.forward = lambda x: rmsnorm(x, norm.weight.to_local(grad_placements=self.gradient), norm.eps)
+        def forward(x):
+            weight = norm.weight.to_local(grad_placements=self.gradient)
+            return rmsnorm(x, weight, norm.eps)
+        norm.forward = forward
         return norm
 
 # %% ../../nbs/51_parallel.tensor.ipynb #row-product
@@ -43,12 +46,13 @@ def _together(x:Tensor, n:int)->Tensor: return torch.cat(x.chunk(n), 1)      # a
 def row_product(x:Tensor,      # (b, t, f/n) this rank's columns of the input
                 weight:Tensor, # (d, f/n) and of the weight, as torch stores it
                 scatter:bool,  # leave each rank its stretch of the positions; else all of them
-                n:int,         # ranks that share the product; divides t if `scatter`
+                n:int,         # ranks that share the multiplication; divides t if `scatter`
                 group:str,     # name of their group
                )->Tensor:      # (b, t/n, d), or (b, t, d)
     "A linear layer whose input ranks share by columns, and the sum over them, as one operator"
     part = (_stretches(x, n) if scatter else x)@weight.T
-    total = _COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group) if scatter else _COLLECTIVES.all_reduce(part, 'sum', group)
+    if scatter: total = _COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group)
+    else: total = _COLLECTIVES.all_reduce(part, 'sum', group)
     return _COLLECTIVES.wait_tensor(total)
 
 @row_product.register_fake
@@ -62,16 +66,20 @@ def _remember(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 def _row_product_backward(ctx, dy):
-    (x, weight), (scatter, n, group) = ctx.saved_tensors, ctx.layout
-    if scatter: dy, x = _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)), _stretches(x, n)
-    dx, dweight = dy@weight, dy.flatten(0, 1).T@x.flatten(0, 1)
+    x, weight = ctx.saved_tensors
+    scatter, n, group = ctx.layout
+    if scatter:
+        gathered = _COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)
+        dy, x = _COLLECTIVES.wait_tensor(gathered), _stretches(x, n)
+    dx = dy@weight
+    dweight = dy.flatten(0, 1).T@x.flatten(0, 1)
     return _together(dx, n) if scatter else dx, dweight, None, None, None
 
 row_product.register_autograd(_row_product_backward, setup_context=_remember)
 
 # %% ../../nbs/51_parallel.tensor.ipynb #rows
 class _Rows(ParallelStyle):
-    "The rows of a linear layer; in eager blocks product and sum are one operator"
+    "The rows of a linear layer; in eager blocks multiplication and sum are one operator"
     def __init__(self, stream): self.stream = stream        # layout of the output
 
     def _apply(self, linear:nn.Linear, mesh:DeviceMesh)->nn.Linear:
@@ -79,7 +87,8 @@ class _Rows(ParallelStyle):
         layout = self.stream.is_shard(), mesh.size(), mesh.get_group().group_name
         def apart(x):
             shared = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
-            return F.linear(shared, linear.weight).redistribute(placements=[self.stream], async_op=True).to_local()
+            part = F.linear(shared, linear.weight)
+            return part.redistribute(placements=[self.stream], async_op=True).to_local()
         def forward(x):
             if torch.compiler.is_compiling(): return apart(x)
             return row_product(to_autocast(x), to_autocast(linear.weight.to_local()), *layout)
@@ -88,49 +97,72 @@ class _Rows(ParallelStyle):
 
 # %% ../../nbs/51_parallel.tensor.ipynb #plan
 def _block_plan(stream, sequence:bool)->dict: # name of a module -> its style
-    "How one block is shared; `stream` is the layout outside the products"
-    columns, rows = ColwiseParallel, lambda: _Rows(stream)
-    gather = lambda n: PrepareModuleInput(input_layouts=(stream, *[None]*n), desired_input_layouts=(Replicate(), *[None]*n))
-    return {'attention_norm': _SharedGains(sequence), 'attention': gather(4), 'attention.wq': columns(), 'attention.wk': columns(), 'attention.wv': columns(),
-            'attention.wo': rows(), 'ffn_norm': _SharedGains(sequence), 'feed_forward': gather(0), 'feed_forward.w1': columns(), 'feed_forward.w3': columns(), 'feed_forward.w2': rows()}
+    "How one block is shared; `stream` is the layout outside the multiplications"
+    def gathered(others): # the first input is gathered, the others are left alone
+        rest = [None]*others
+        return PrepareModuleInput(input_layouts=(stream, *rest), desired_input_layouts=(Replicate(), *rest))
+    return {'attention_norm': _SharedNorm(sequence), 'attention': gathered(4),
+            'attention.wq': ColwiseParallel(), 'attention.wk': ColwiseParallel(),
+            'attention.wv': ColwiseParallel(), 'attention.wo': _Rows(stream),
+            'ffn_norm': _SharedNorm(sequence), 'feed_forward': gathered(0),
+            'feed_forward.w1': ColwiseParallel(), 'feed_forward.w3': ColwiseParallel(),
+            'feed_forward.w2': _Rows(stream)}
 
+# %% ../../nbs/51_parallel.tensor.ipynb #apply
 def apply_tensor_parallel(model:LLaMA,        # on any device, meta included
                           mesh:DeviceMesh,    # one dimension, n ranks
                           sequence:bool=True, # share the stream by positions; then n must divide t
                          ):
-    "Share the matrix products of `model` in place (Korthikanti et al. 2022). `model.hidden` then gives (b, t/n, d), or (b, t, d) without `sequence`. Raises `UserError` if the heads, the widths or the vocabulary cannot be shared"
+    """Share the matrix multiplications of `model` in place (Korthikanti et al. 2022). `model.hidden` then
+    gives (b, t/n, d), or (b, t, d) without `sequence`. Raises `UserError` if something cannot be shared"""
     check_tensor_degree(model.config, mesh.size())
     if mesh.size() == 1: return
     stream = Shard(1) if sequence else Replicate()
-    parallelize_module(model, mesh, {'tok_embeddings': RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
-                                     'norm': _SharedGains(sequence), 'output': ColwiseParallel()})
-    model.tok_embeddings.register_forward_hook(lambda module, tokens, out: out.clone())    # has arrived: compiled blocks cannot go back through one that is under way
+    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
+    outside = {'tok_embeddings': embedding, 'norm': _SharedNorm(sequence), 'output': ColwiseParallel()}
+    parallelize_module(model, mesh, outside)
+    def arrived(module, tokens, out): return out.clone()    # compiled blocks need one that has come
+    model.tok_embeddings.register_forward_hook(arrived)
     for layer in model.layers: parallelize_module(layer, mesh, _block_plan(stream, sequence))
 
 # %% ../../nbs/51_parallel.tensor.ipynb #finish-gradients
 def finish_gradients(model:nn.Module):
     "Take the sums over ranks that a backward pass has left open; before the gradients are clipped or used"
     for p in model.parameters():
-        if isinstance(p.grad, DTensor) and p.grad.placements != p.placements: p.grad = p.grad.redistribute(placements=p.placements)
+        if not isinstance(p.grad, DTensor) or p.grad.placements == p.placements: continue
+        p.grad = p.grad.redistribute(placements=p.placements)
+
+# %% ../../nbs/51_parallel.tensor.ipynb #softmax-terms
+def _softmax_terms(z:Tensor,    # (tokens, v/n) logits of this rank; becomes exp(z - the largest)
+                   row:Tensor,  # (tokens, 1) of the target, if it is here
+                   mine:Tensor, # (tokens, 1) 1. where it is here, else 0.
+                   group,
+                  )->list:      # (tokens, 1) each: the target's logit minus the largest; sum of exponentials
+    "What a softmax needs of all ranks"
+    largest = z.amax(-1, keepdim=True)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    z -= largest
+    picked = z.gather(1, row)*mine
+    shared = torch.cat([picked, z.exp_().sum(-1, keepdim=True)], 1)
+    dist.all_reduce(shared, group=group)
+    return shared.split(1, 1)
 
 # %% ../../nbs/51_parallel.tensor.ipynb #loss
 class _VocabularyParallelLoss(torch.autograd.Function):
-    "Summed cross-entropy over logits that the ranks of `group` share by vocabulary; the gradient of `hidden` is this rank's part of a sum"
+    "Summed cross-entropy over logits that ranks share by vocabulary; `hidden` gets its part of a gradient"
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, ignore_index, group):
-        total, w = hidden.new_zeros((), dtype=torch.float32), weight.to(hidden.dtype)
-        first, dh, dw = dist.get_rank(group)*len(w), torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        w = weight.to(hidden.dtype)
+        first = dist.get_rank(group)*len(w)                 # of this rank's rows
+        total = hidden.new_zeros((), dtype=torch.float32)
+        dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for h, y, d in zip(hidden.split(chunk), targets[:, None].split(chunk), dh.split(chunk)):
             counts, mine = (y != ignore_index).float(), ((y >= first) & (y < first + len(w))).float()
-            y = (y - first).clamp(0, len(w) - 1)
+            row = (y - first).clamp(0, len(w) - 1)
             z = (h@w.T).float()
-            dist.all_reduce(largest := z.amax(-1, keepdim=True), dist.ReduceOp.MAX, group)
-            z -= largest
-            shared = torch.cat([z.gather(1, y)*mine, z.exp_().sum(-1, keepdim=True)], 1)
-            dist.all_reduce(shared, group=group)
-            picked, norm = shared.split(1, 1)
+            picked, norm = _softmax_terms(z, row, mine, group)
             total += ((norm.log() - picked)*counts).sum()
-            z = z.mul_(counts/norm).scatter_add_(1, y, -counts*mine).to(h.dtype)
+            z = z.mul_(counts/norm).scatter_add_(1, row, -counts*mine).to(h.dtype)
             torch.mm(z, w, out=d)
             dw += z.T@h
         ctx.gradients = dh, dw.to(weight.dtype)
@@ -143,70 +175,58 @@ class _VocabularyParallelLoss(torch.autograd.Function):
         return *(g.mul_(scale) for g in gradients), None, None, None, None
 
 # %% ../../nbs/51_parallel.tensor.ipynb #loss-sum
-def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n, d), as `model.hidden` gives it
+def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n, d): `model.hidden(...)`
                       weight:DTensor,        # (v, d) the output matrix, shared by rows
                       targets:Tensor,        # (b, t) int64
                       chunk:int=512,         # tokens whose logits are in memory at a time
                       ignore_index:int=-100, # targets with this value do not count
-                     )->Tensor:              # scalar float32, the same on the ranks that share a product
-    "Summed next-token cross-entropy in nats of a model that `apply_tensor_parallel` has shared. Raises `UserError` where the shapes do not fit"
+                     )->Tensor:              # scalar float32, the same on all ranks of the mesh
+    """Summed next-token cross-entropy in nats of a model that `apply_tensor_parallel` has shared.
+    Raises `UserError` where the shapes do not fit"""
     mesh, (b, t) = weight.device_mesh, targets.shape
-    if hidden.shape[:2] not in ((b, t), (b, t//mesh.size())): raise UserError(f'hidden {tuple(hidden.shape)} is neither all nor 1/{mesh.size()} of the positions of targets {tuple(targets.shape)}')
+    n = mesh.size()
+    if hidden.shape[:2] not in ((b, t), (b, t//n)):
+        raise UserError(f'hidden {tuple(hidden.shape)} is neither all nor 1/{n} of the positions '
+                        f'of targets {tuple(targets.shape)}')
     layout = Replicate() if hidden.shape[1] == t else Shard(1)
-    whole = DTensor.from_local(to_autocast(hidden), mesh, [layout], run_check=False).redistribute(placements=[Replicate()])
-    return _VocabularyParallelLoss.apply(whole.to_local(grad_placements=[Partial()]).flatten(0, 1), weight.to_local(), targets.flatten(), chunk, ignore_index, mesh.get_group())
-
-# %% ../../nbs/51_parallel.tensor.ipynb #trial
-_TINY = ModelConfig(32, 2, 4, vocab_size=64, multiple_of=32, max_seq_len=32)
-
-def _batch()->tuple[Tensor, Tensor]: # (2, 16) inputs and targets, some of which do not count
-    g = torch.Generator().manual_seed(1)
-    x, y = torch.randint(64, (2, 2, 16), generator=g)
-    return x, y.masked_fill(torch.rand(y.shape, generator=g) < .3, -100)
-
-def _trial(sequence:bool)->dict:
-    "The loss and the largest relative errors of the gradients on this rank, and the collectives of a step"
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.debug import CommDebugMode
-    torch.manual_seed(0); model = LLaMA(_TINY)
-    x, y = _batch()
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction='sum'); expected.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters()}
-    model.zero_grad()
-    apply_tensor_parallel(model, init_device_mesh('cpu', (dist.get_world_size(),)), sequence)
-    wire = CommDebugMode(); wire.comm_registry.add(torch.ops.llama_nb.row_product)     # it looks at torch's own operators only
-    with wire:
-        loss = parallel_loss_sum(model.hidden(x), model.output.weight, y, chunk=7); loss.backward()
-    open_sums = lambda: sum(p.grad.placements != p.placements for p in model.parameters())
-    left_open = open_sums(); finish_gradients(model)
-    errors = {n: ((p.grad.full_tensor() - gradients[n]).abs().max()/gradients[n].abs().max()).item() for n, p in model.named_parameters()}
-    return {'loss': abs(loss.item()/expected.item() - 1), 'gradient': max(errors.values()), 'sums left open': [left_open, open_sums()], 'numbers held': sum(p.to_local().numel() for p in model.parameters()),
-            'collectives': {str(k).split('.')[-1]: v for k, v in wire.get_comm_counts().items()}}
+    stream = DTensor.from_local(to_autocast(hidden), mesh, [layout], run_check=False)
+    whole = stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return _VocabularyParallelLoss.apply(whole.flatten(0, 1), weight.to_local(), targets.flatten(),
+                                         chunk, ignore_index, mesh.get_group())
 
 # %% ../../nbs/51_parallel.tensor.ipynb #async
 def _async_problem(mesh:DeviceMesh, compiled:bool)->str|None:
-    if mesh.device_type != 'cuda': return f'it needs GPUs joined by NVLink, and the ranks are on {mesh.device_type}'
+    kind = mesh.device_type
+    if kind != 'cuda': return f'it needs GPUs joined by NVLink, and the ranks are on {kind}'
     if not compiled: return 'the compiler has to make it; set train.compile to blocks'
-    here, there = torch.cuda.current_device(), range(torch.cuda.device_count())
-    if mesh.size() > len(there): return f'{mesh.size()} ranks share a product, and this machine has {len(there)} GPUs'
-    apart = [d for d in there if d != here and not torch.cuda.can_device_access_peer(here, d)]
-    if apart: return f'GPU {here} cannot write into the memory of GPU {apart[0]}'
+    here, there = torch.cuda.current_device(), torch.cuda.device_count()
+    if mesh.size() > there: return f'{mesh.size()} ranks share a product, and this machine has {there} GPUs'
+    for other in range(there):
+        if other == here or torch.cuda.can_device_access_peer(here, other): continue
+        return f'GPU {here} cannot write into the memory of GPU {other}'
 
 def _note_fused(found:Counter, graph:torch.fx.Graph):
-    found.update(str(n.target).split('.')[1] for n in graph.nodes if str(n.target).startswith('symm_mem.fused_'))
+    names = [str(node.target) for node in graph.nodes]
+    found.update(name.split('.')[1] for name in names if name.startswith('symm_mem.fused_'))
 
-def async_tensor_parallel(mesh:DeviceMesh, # one dimension, the ranks that share a product
+# %% ../../nbs/51_parallel.tensor.ipynb #async-apply
+def async_tensor_parallel(mesh:DeviceMesh, # one dimension, the ranks that share a multiplication
                           compiled:bool,   # whether blocks are compiled
-                         )->Counter:       # for `check_fused`: the fused operators of all graphs compiled from now on
-    "Let blocks that are compiled later, in this process, send while they compute. Raises `UserError` where that cannot work"
-    if problem := _async_problem(mesh, compiled): raise UserError(f'asynchronous tensor parallelism cannot work here: {problem}')
+                         )->Counter:       # for `check_fused`: fused operators of all graphs from now on
+    "Let blocks compiled later send while they compute. Raises `UserError` where that cannot work"
+    problem = _async_problem(mesh, compiled)
+    if problem: raise UserError(f'asynchronous tensor parallelism cannot work here: {problem}')
     from torch._inductor import config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
     enable_symm_mem_for_group(mesh.get_group().group_name)
-    config._micro_pipeline_tp, config.post_grad_custom_post_pass = True, partial(_note_fused, found := Counter())
+    found = Counter()
+    config._micro_pipeline_tp = True
+    config.post_grad_custom_post_pass = partial(_note_fused, found)
     return found
 
 def check_fused(found:Counter # from `async_tensor_parallel`, after the first step
                ):
-    "Raise `UserError` if no product was fused with its gather or scatter"
-    if not found: raise UserError('asynchronous tensor parallelism was asked for, but the compiler has fused no product with its gather or scatter; turn it off')
+    "Raise `UserError` if no multiplication was fused with its gather or scatter"
+    if found: return
+    raise UserError('asynchronous tensor parallelism was asked for, but the compiler has fused no product '
+                    'with its gather or scatter; turn it off')

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from ..core import UserError, file_digest, fsync_folder, publish_folder
-from ..parallel.mesh import host_group, rank_and_size
+from ..parallel.mesh import rank_and_size
+from ..parallel.processes import host_group
 from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, storage_on_rank_zero, plan_sharded, read_index,
                                    read_sharded, storage_on_all_ranks, write_sharded)
 

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 from ..core import write_atomic
-from ..parallel.agree import on_rank_zero
+from ..parallel.mesh import on_rank_zero
 
 # %% ../../nbs/90_train.host.ipynb #keep-freed-memory
 def keep_freed_memory()->bool: # whether the C library is one that can

@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from ..core import TemporaryError, UserError, file_digest, is_temporary
-from ..parallel.agree import error_line, on_all_ranks, on_rank_zero
-from ..parallel.mesh import rank_and_size
+from ..parallel.mesh import error_line, on_all_ranks, on_rank_zero, rank_and_size
 
 # %% ../../nbs/61_train.sharded.ipynb #error
 class CheckpointError(UserError):

@@ -25,9 +25,10 @@ from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..model.kernels import backend_report, pick_backend
 from ..model.transformer import LLaMA
-from ..parallel.agree import on_all_ranks, on_rank_zero, total
 from ..parallel.data import apply_data_parallel, materialize, sync_gradients
-from ..parallel.mesh import data_rank, degrees, last_words, make_mesh, rank_and_size, start_ranks
+from ..parallel.mesh import data_rank, degrees, make_mesh, on_all_ranks, on_rank_zero
+from ..parallel.mesh import rank_and_size, total
+from ..parallel.processes import last_words, start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, NonFiniteGuard, SpikeGuard, collective_seconds, stop_on_signal, watchdog
