@@ -34,12 +34,12 @@ def batch(config, step): # inputs and targets (8, 16); of the first sequence nea
 
 def whole(x): return x.full_tensor() if isinstance(x, DTensor) else x
 
-def build(config, mode, mesh=None, sequence=True, dtype=torch.float32, compiled=False):
+def build(config, mode, mesh=None, sequence=True, dtype=torch.float32, compiler=None):
     "A model with its first weights, shared over `mesh` if there is one"
     with torch.device('meta'): model = LLaMA(config)
     if mesh is not None: apply_tensor_parallel(model, mesh['tensor'], sequence)
     apply_recompute(model, mode)
-    for layer in model.layers if compiled else (): layer.compile()
+    for layer in model.layers if compiler else (): layer.compile(backend=compiler)
     if mesh is not None: apply_data_parallel(model, mesh, dtype)
     materialize(model, 0, 'cpu')
     with torch.no_grad():
@@ -67,12 +67,12 @@ def compare(reference, got): # of each tensor the norm of the difference / its n
     return {'same start': same, **{key: worst(got[key], reference[key]) for key in ('loss', 'gradients', 'norm', 'weights')}}
 
 def measure(folder, cases):
-    "On each rank and for each case (layout, recompute mode, model, dtype, factor of the gradients, compiled): how far it lies from the reference in `folder`"
+    "On each rank and for each case (layout, recompute mode, model, dtype, factor of the gradients, compiler): how far it lies from the reference in `folder`"
     result = []
-    for name, mode, model, dtype, factor, compiled in cases:
+    for name, mode, model, dtype, factor, compiler in cases:
         degrees, sequence = LAYOUTS[dist.get_world_size()][name]
         mesh, dtype = make_mesh(degrees, 'cpu'), getattr(torch, dtype)
-        shared = build(MODELS[model], mode, mesh, sequence, dtype, compiled)
+        shared = build(MODELS[model], mode, mesh, sequence, dtype, compiler)
         if factor != 1: shared.apply(lambda m: hasattr(m, 'set_gradient_divide_factor') and m.set_gradient_divide_factor(1/factor))
         rank, size = data_rank(mesh)
         got = five_steps(shared, rank, size, 2, dtype)
@@ -83,7 +83,7 @@ def measure(folder, cases):
 def save_references(folder):
     for name, config in MODELS.items(): torch.save(five_steps(build(config, 'none')), f'{folder}/{name}')
 
-def case(name, mode='none', model='even', dtype='float32', factor=1., compiled=False): return name, mode, model, dtype, factor, compiled
+def case(name, mode='none', model='even', dtype='float32', factor=1., compiler=None): return name, mode, model, dtype, factor, compiler
 
 def matrix():
     "One row a layout and mode: (processes, layout, mode, worst errors)"

@@ -41,6 +41,7 @@ class Settings:
     together:bool=True        # all contestants in memory at once, taking turns step by step; no: one process after the other, for sizes of which only one fits
     name:str='train_step'     # of the table
 
+THEIR_WORDS = {'full': 'gradient checkpointing', 'budget': 'memory budget'}
 ALONE, CORE = 'matrix products alone', 'matrix products and attention alone'
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Contestant:
     @property
     def name(self):
         words = [self.code]
-        if self.recompute != 'none': words.append(f'recompute {self.recompute}' if self.code == 'llama_nb' else 'gradient checkpointing')
+        if self.recompute != 'none': words.append(f'recompute {self.recompute}' if self.code == 'llama_nb' else THEIR_WORDS[self.recompute])
         if self.compiled: words.append('compiled')
         if self.prepared and self.code != 'llama_nb': words.append('host prepared')
         if not self.prepared and self.code == 'llama_nb': words.append('host as it comes')
@@ -65,7 +66,7 @@ class Contestant:
 
 def contestants(s, dtype, wide):
     """Who takes part in one precision: on a CPU ours prepares the host as its command line does, and transformers runs
-    as it comes and on a prepared host too; where ours recomputes everything, it does too"""
+    as it comes and on a prepared host too; where ours recomputes products, it does too"""
     cpu = device_of(s).type == 'cpu'
     found = [Contestant(ALONE, prepared=prepared) for prepared in (False, True)[:1 + wide]]
     found.append(Contestant(CORE, prepared=cpu))
@@ -74,7 +75,7 @@ def contestants(s, dtype, wide):
         found += [Contestant('llama_nb', mode, compiled, cpu) for mode in modes]
         if cpu and not compiled: found.append(Contestant('llama_nb'))
         found += [Contestant('transformers', 'none', compiled, prepared) for prepared in (False, True)[:1 + cpu]]
-        if 'full' in modes: found.append(Contestant('transformers', 'full', compiled))
+        found += [Contestant('transformers', mode, compiled) for mode in modes if mode in THEIR_WORDS]
     return [replace(who, dtype=dtype) for who in found]
 
 def dtypes_of(s):
@@ -111,6 +112,7 @@ def their_step(s, who, device, dtype):
                          rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len, tie_word_embeddings=False, use_cache=False)
     with device: model = LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == c.n_params
+    if who.recompute == 'budget': torch._functorch.config.activation_memory_budget = s.budget      # of this process, in which nothing else is compiled
     if who.recompute == 'full': getattr(model, 'activation_checkpointing_enable', model.gradient_checkpointing_enable)()
     model.train()
     if who.compiled: model.compile()
@@ -242,7 +244,7 @@ def row(s, who, got, memory, base, peak):
     rate, c = s.batch*s.seq/median, model_config(s)
     attention = s.attention if who.code == 'llama_nb' else 'sdpa'
     hardware = None if who.recompute == 'budget' else hfu(rate, c, s.seq, peak, who.recompute).share
-    return {**asdict(who), 'attention': attention, **numbers, 'tokens_per_second': rate, 'ratio': base[who.compiled, 'full' if who.recompute == 'full' else 'none']/median,
+    return {**asdict(who), 'attention': attention, **numbers, 'tokens_per_second': rate, 'ratio': base[who.compiled, who.recompute if who.recompute in THEIR_WORDS else 'none']/median,
             'mfu': mfu(rate, c, s.seq, peak).share, 'hfu': hardware, 'loss': got[-1]['loss']}
 
 def table(rows):
@@ -289,7 +291,7 @@ def report_of(s, about, tables, verdict):
         measured = ', the better rate of "matrix products alone" in this run' if peak.source == 'measured' else ''
         lines += [f'## {dtype}', '', *table(rows), '', f'MFU and HFU are shares of {peak}{measured}.', '']
     lines += ['"Of transformers" compares with transformers as it comes in the same precision, compiled rows with it compiled, '
-              'and recompute full, which repeats seven of 23 products by design, with its gradient checkpointing, which does the same. '
+              'and modes that repeat products by design with the same in transformers: recompute full with its gradient checkpointing, budget with the same memory budget of the compiler. '
               'MFU and HFU count 6 a matrix weight and 12 t d a layer and token (HFU: recomputed products too; empty where the '
               'compiler decides what to repeat).', '']
     if cpu:
@@ -301,9 +303,9 @@ def report_of(s, about, tables, verdict):
 
 def main(s):
     import torch, transformers
-    from llama_nb.train.host import judge_products
+    from llama_nb.train.host import judge_matmul
     if s.quick: s = replace(s, rounds=7, minutes=3., name=f'{s.name}_quick' if s.name == 'train_step' else s.name)
-    verdict, dtypes = judge_products() if device_of(s).type == 'cpu' else {'wide': False}, dtypes_of(s)
+    verdict, dtypes = judge_matmul() if device_of(s).type == 'cpu' else {'wide': False}, dtypes_of(s)
     tables, rounds = {}, []
     for dtype in dtypes:
         got = measure(s, contestants(s, dtype, verdict['wide']), verdict, s.minutes/len(dtypes))

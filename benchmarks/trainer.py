@@ -67,12 +67,12 @@ def block(run, s, kind):
     return {'seconds': seconds, 'waited': waited, 'stood': stood}
 
 def main(s):
-    from llama_nb.parallel.agree import everywhere, from_main
+    from llama_nb.parallel.agree import everywhere, on_rank_zero
     from llama_nb.parallel.mesh import rank_and_size, start_ranks, stop_ranks
     start_ranks('cpu')
     rank, ranks = rank_and_size()
-    folder = Path(from_main(tempfile.mkdtemp))
-    from_main(lambda: shards(folder))
+    folder = Path(on_rank_zero(tempfile.mkdtemp))
+    on_rank_zero(lambda: shards(folder))
     run, kinds = open_run(folder, s, ranks), ('nothing saved', 'saved asynchronously', 'saved in the loop')
     got = {kind: [] for kind in kinds}
     for i in range(s.rounds + 1):
@@ -82,7 +82,7 @@ def main(s):
     if rank == 0: write(s, got, run)
     run.batches = None
     everywhere(lambda: None)                                                # nobody needs the folder any more
-    from_main(lambda: shutil.rmtree(folder))
+    on_rank_zero(lambda: shutil.rmtree(folder))
     stop_ranks()
 
 def write(s, got, run):

@@ -8,6 +8,7 @@ ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISI
 
 SHARED = {'measured', 'folder', 'miniature', 'kept', 'two', 'four_ranks', 'site'}     # fixtures of many seconds
 
+@pytest.hookimpl(tryfirst=True)                                     # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     "Where tests run two at a time (pytest-xdist), those that share a fixture of many seconds run in one process, so that it is made once"
     for item in items:
@@ -82,7 +83,7 @@ def start_ranks(tmp_path):
         for log in ranks.logs: log.close()
 
 def metrics(folder):
-    "The complete lines of a run's diary"
+    "The complete lines of a run's metrics log"
     path = Path(folder)/'metrics.jsonl'
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')] if path.exists() else []
 

@@ -6,7 +6,7 @@ from llama_nb.model.attention import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
 from llama_nb.train.loss import chunked_loss_sum, loss_sum
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
-from llama_nb.train.trainer import OnTheWay
+from llama_nb.train.trainer import StepInFlight
 
 if not torch.cuda.is_available(): pytest.skip('no GPU', allow_module_level=True)
 CUDA = torch.device('cuda')
@@ -70,7 +70,7 @@ def test_numbers_on_the_way():
     x, big = torch.ones((), device=CUDA), torch.randn(4096, 4096, device=CUDA)
     with never_waiting():
         for _ in range(10): big = big@big*1e-2
-        travelling = OnTheWay([x, 2*x])
+        travelling = StepInFlight([x, 2*x])
         x += 5
         assert travelling.read() == [1., 2.]
 

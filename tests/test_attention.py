@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from llama_nb.config import ModelConfig, load_run
 from llama_nb.core import UserError
-from llama_nb.data.mixture import batch_borders
+from llama_nb.data.loader import batch_borders
 from llama_nb.model import attention
 from llama_nb.model.attention import attend, backend_problem, backend_report, document_numbers, pick_backend
 from llama_nb.model.transformer import LLaMA, document_positions, init_weights

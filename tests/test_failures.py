@@ -11,7 +11,7 @@ from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh
-from llama_nb.parallel.agree import everywhere, from_main
+from llama_nb.parallel.agree import everywhere, on_rank_zero
 from llama_nb.parallel.mesh import host_group, make_mesh, rank_and_size, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
 from llama_nb.train.guards import collective_seconds
@@ -107,7 +107,7 @@ def _two(run_path:str, folder:str)->dict:
         def action(): raise error
         return action
     stale, missing = OSError(errno.ESTALE, 'Stale file handle'), FileNotFoundError(errno.ENOENT, 'No such file')
-    found['told'] = [_kind(lambda: everywhere(fail(stale))), _kind(lambda: everywhere(fail(missing))), _kind(lambda: from_main(fail_first(stale))), _kind(lambda: from_main(fail_first(missing)))]
+    found['told'] = [_kind(lambda: everywhere(fail(stale))), _kind(lambda: everywhere(fail(missing))), _kind(lambda: on_rank_zero(fail_first(stale))), _kind(lambda: on_rank_zero(fail_first(missing)))]
     discard = checkpoint._discard
     def slowly(path): import time; time.sleep(1); discard(path)
     checkpoint._discard = slowly
@@ -155,7 +155,7 @@ def test_a_mark_stands_in_the_queue_of_its_own_gpu(monkeypatch):
     stub = SimpleNamespace(stack=lambda values: there, empty=lambda *shape, pin_memory: SimpleNamespace(copy_=lambda source, non_blocking: 'on the way'),
                            cuda=SimpleNamespace(current_stream=lambda device=None: asked.append(device) or SimpleNamespace(record_event=lambda: 'mark')))
     monkeypatch.setattr(trainer, 'torch', stub)
-    travelling = trainer.OnTheWay([torch.ones(1)])
+    travelling = trainer.StepInFlight([torch.ones(1)])
     assert (travelling.values, travelling.mark, asked) == ('on the way', 'mark', [device])
 
 def test_a_save_waits_for_the_gpu_that_its_tensors_are_on(monkeypatch, tmp_path):
@@ -163,7 +163,7 @@ def test_a_save_waits_for_the_gpu_that_its_tensors_are_on(monkeypatch, tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device=None: waited.append(device))
     there = {n: SimpleNamespace(is_cuda=True, device=torch.device('cuda:1')) for n in 'ab'}
-    monkeypatch.setattr(checkpoint, 'plan_pieces', lambda tensors, group: checkpoint.Plan({}, {}, {}, there, {}))
+    monkeypatch.setattr(checkpoint, 'plan_sharded', lambda tensors, group: checkpoint.Plan({}, {}, {}, there, {}))
     monkeypatch.setattr(saver.host, 'copy', lambda tensors: tensors)
     monkeypatch.setattr(saver, '_work', lambda *args: None)
     saver.save(1, {}, {}); saver.wait()

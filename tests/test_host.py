@@ -2,9 +2,9 @@
 import json, subprocess, sys, textwrap
 import pytest
 from llama_nb.train import host
-from llama_nb.train.host import CLEAR, clear_gain, wide_products_problem
+from llama_nb.train.host import CLEAR, clear_gain, wide_matmul_problem
 
-needs_both = pytest.mark.skipif(bool(wide_products_problem()), reason=wide_products_problem())
+needs_both = pytest.mark.skipif(bool(wide_matmul_problem()), reason=wide_matmul_problem())
 
 def run_program(text):
     "A program in a process of its own, for an exchange lasts as long as the process"
@@ -15,8 +15,8 @@ def run_program(text):
 COMPILED = '''
     import torch
     from torch.profiler import ProfilerActivity, profile
-    from llama_nb.train.host import use_wide_products
-    assert use_wide_products() == ''
+    from llama_nb.train.host import use_wide_matmul
+    assert use_wide_matmul() == ''
     x, w = torch.randn(512, 256, requires_grad=True), torch.randn(256, 512, requires_grad=True)
     def f(x, w): return torch.nn.functional.silu(x@w).sum()
     def run(f):
@@ -38,7 +38,7 @@ def test_compiled_products():
 CALLS = '''
     import warnings
     import torch
-    from llama_nb.train.host import use_wide_products
+    from llama_nb.train.host import use_wide_matmul
     warnings.simplefilter('ignore')                                # an out that is resized warns
     torch.manual_seed(0)
     a, b, c = (torch.randn(256, 256) for _ in range(3))
@@ -89,7 +89,7 @@ CALLS = '''
         except Exception as e: return type(e).__name__, str(e).split('Exception raised from')[0]
         return (tuple(x.shape), x.stride(), x.dtype, x.device.type), x
     before = {name: answer(call) for name, call in calls.items()}
-    assert use_wide_products() == ''
+    assert use_wide_matmul() == ''
     for name, call in calls.items():
         (kind, right), (now, got) = before[name], answer(call)
         assert now == kind, (name, kind, now, right, got)
@@ -107,7 +107,7 @@ def test_a_trainer_leaves_its_process_alone(run_file, monkeypatch):
     from llama_nb.config import load_run
     from llama_nb.train.trainer import Trainer, fit
     def refuse(*args): raise AssertionError('a library changed its process')
-    for name in ('keep_freed_memory', 'use_wide_products', 'prepare_host'): monkeypatch.setattr(host, name, refuse)
+    for name in ('keep_freed_memory', 'use_wide_matmul', 'prepare_host'): monkeypatch.setattr(host, name, refuse)
     run = Trainer(load_run(run_file(3)), report=lambda line: None)
     assert fit(run, progress=False) == 0 and not (run.out/'host.json').exists()
 
@@ -119,9 +119,9 @@ def test_the_command_line_decides_once(run_file, llama_nb):
     written = path.with_suffix('')/'host.json'
     verdict = json.loads(written.read_text())
     assert len(said) == 1 and ('by oneDNN' in said[0]) == verdict['wide'] and verdict['wide'] == (verdict['gain'] > CLEAR)
-    written.write_text(json.dumps({**verdict, 'gain': 7.5, 'wide': not wide_products_problem()}))          # nobody measures again
+    written.write_text(json.dumps({**verdict, 'gain': 7.5, 'wide': not wide_matmul_problem()}))          # nobody measures again
     code, out, err = llama_nb('train', path)
-    assert code == 0 and (bool(wide_products_problem()) or 'oneDNN is 7.5 times' in out), out + err
+    assert code == 0 and (bool(wide_matmul_problem()) or 'oneDNN is 7.5 times' in out), out + err
 
 @pytest.mark.parametrize('own, wide, gain', [([2., 2., 2.], [1., 1., 1.], 2.), ([1., 1., 1.], [1., 1., 1.], 1.),
                                              ([8., 1., 8.], [1., 1., 1.], 1.),    # the machine was busy while PyTorch's own ran

@@ -26,7 +26,7 @@ def test_elastic_resume(run_file, start_ranks, tmp_path):
         assert got[1] == pytest.approx(right[1], rel=1e-6) and got[3:] == right[3:]        # float32 sums in another order, through the steps before
 
 def torture(n, kills, steps, run_file, start_ranks, tmp_path, seed, *args):
-    "A run whose random rank is killed at random instants, saves included, writes the diary of one that is left alone"
+    "A run whose random rank is killed at random instants, saves included, writes the metrics log of one that is left alone"
     whole = start_ranks(n, 'train', run_file(steps, save_every=2, name='whole'), *args)
     assert whole.wait(300) == [0]*n, whole.log()
     path, out, rng = run_file(steps, save_every=2, name='tortured'), tmp_path/'tortured', random.Random(seed)

@@ -7,14 +7,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-import llama_nb.train.pieces as pieces
+import llama_nb.train.sharded as pieces
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.mesh import _rank, make_mesh, run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.train.checkpoint import *
 from llama_nb.train.optim import make_optimizer
-from llama_nb.train.pieces import CheckpointError
+from llama_nb.train.sharded import CheckpointError
 from llama_nb.train.state import optimizer_tensors, prepare_optimizer
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is')
@@ -257,7 +257,7 @@ def scale_worker(rank):
     apply_tensor_parallel(model, mesh['tensor'], True); apply_data_parallel(model, mesh, torch.bfloat16)
     named, plans = dict(model.named_parameters()), []
     tensors = {'model': named, 'optimizer': {f'{n}.{k}': p for n, p in named.items() for k in ('exp_avg', 'exp_avg_sq')} | {f'{n}.step': torch.zeros(()) for n in named}}
-    asked = received(lambda: plans.append(pieces.plan_pieces(tensors)))
+    asked = received(lambda: plans.append(pieces.plan_sharded(tensors)))
     plan, load = plans[0], torch.zeros(2048, dtype=torch.int64)
     for name, t in plan.mine.items():                                     # this rank's slices are the boxes that all expect of it
         at = plan.writers[name].tolist().index(rank)
