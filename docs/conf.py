@@ -40,15 +40,31 @@ html_title = project
 html_static_path = ['static', str(mathjax_file)]
 html_css_files = ['site.css']
 html_copy_source = False
-html_theme_options = {
-    'repository_url': settings['git_url'],
-    'repository_branch': settings['branch'],
-    'path_to_docs': settings['nbs_path'],
-    'use_repository_button': True,
-    'use_source_button': True,
-    'use_download_button': False,
-    'launch_buttons': {'colab_url': 'https://colab.research.google.com', 'notebook_interface': 'jupyterlab'},
-    'show_toc_level': 2,
-}
+html_theme_options = {'show_toc_level': 2, 'use_download_button': False}
 
-def setup(app): return {'parallel_read_safe': True, 'parallel_write_safe': True}
+# --- where a page comes from ----------------------------------------------------------------------
+
+repository = settings['git_url']
+here = f"blob/{settings['branch']}"
+colab = repository.replace('https://github.com', 'https://colab.research.google.com/github')
+
+def button(url:str, icon:str, words:str)->dict:
+    return {'type': 'link', 'url': url, 'icon': icon, 'tooltip': words, 'text': '', 'label': words.lower().replace(' ', '-')}
+
+def source_buttons(name:str)->list: # of the page `name`
+    "A notebook on GitHub and Colab, a module on GitHub, else the repository"
+    notebook = f"{settings['nbs_path']}/{name}.ipynb"
+    module = name.removeprefix('api/').replace('.', '/') + '.py'
+    if (ROOT/notebook).exists():
+        return [button(f'{repository}/{here}/{notebook}', 'fab fa-github', 'Open the notebook on GitHub'),
+                button(f'{colab}/{here}/{notebook}', 'fas fa-rocket', 'Open the notebook in Colab')]
+    if (ROOT/module).exists(): return [button(f'{repository}/{here}/{module}', 'fab fa-github', 'Open the module on GitHub')]
+    return [button(repository, 'fab fa-github', 'Open the repository on GitHub')]
+
+def add_to_page(app, pagename, templatename, context, doctree):
+    context['header_buttons'] = [*source_buttons(pagename), *context['header_buttons']]
+    if pagename == root_doc: context['docstitle'] = ''     # else its name would be there twice
+
+def setup(app):
+    app.connect('html-page-context', add_to_page, priority=900)     # after the theme has made its buttons
+    return {'parallel_read_safe': True, 'parallel_write_safe': True}

@@ -123,16 +123,22 @@ def prepare(folder:Path):
         nbformat.write(nb, folder/'pages'/f'{name}.ipynb')
     write_api(ROOT, folder/'pages'/'api', {name: title(nb) for name, nb in pages.items()})
 
+def build(work:Path)->Path: # the folder of the site
+    "Everything that Sphinx writes"
+    code = sphinx_build(['-q', '-j', '2', '-c', str(ROOT/'docs'), '-d', str(work/'doctrees'),
+                         '-D', f'html_extra_path={work/"extra"}', str(work/'pages'), str(work/'html')])
+    if code: sys.exit(code)
+    return work/'html'
+
 def main():
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_docs').resolve()
-    if out.exists() and any(out.iterdir()) and not (out/'.buildinfo').exists() and out != ROOT/'_docs':
+    out = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT/'_docs'
+    if len(sys.argv) > 1 and out.exists() and any(out.iterdir()) and not (out/'.buildinfo').exists():
         sys.exit(f'{out} holds something other than this site: name a new folder')
     work = ROOT/'build'/'docs' if out == ROOT/'_docs' else out.with_name(f'{out.name}.build')
     prepare(work)
-    shutil.rmtree(out, ignore_errors=True)
-    code = sphinx_build(['-q', '-j', '2', '-c', str(ROOT/'docs'), '-d', str(work/'doctrees'),
-                         '-D', f'html_extra_path={work/"extra"}', str(work/'pages'), str(out)])
-    if code: sys.exit(code)
+    made = build(work)
+    shutil.rmtree(out, ignore_errors=True)     # the old site stays until the new one is there
+    shutil.move(made, out)
     print(f'{out}/index.html')
 
 if __name__ == '__main__': main()
