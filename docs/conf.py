@@ -13,6 +13,7 @@ settings = parser['DEFAULT']
 project, author, release = settings['title'], settings['author'], settings['version']
 copyright = settings['copyright']
 language = 'en'
+smartquotes_action = 'qe'        # quotes and ellipses; two hyphens stay two hyphens, as in --help
 root_doc = 'index'
 
 # --- how a page is read ---------------------------------------------------------------------------
@@ -40,7 +41,12 @@ html_title = project
 html_static_path = ['static', str(mathjax_file)]
 html_css_files = ['site.css']
 html_copy_source = False
-html_theme_options = {'show_toc_level': 2, 'use_download_button': False}
+html_theme_options = {
+    'show_toc_level': 2,
+    'max_navbar_depth': 2,            # parts, pages; modules below the index
+    'navbar_persistent': [],          # the search is in the side bar
+    'use_download_button': False,
+}
 
 # --- where a page comes from ----------------------------------------------------------------------
 
@@ -63,7 +69,7 @@ def source_buttons(name:str)->list: # of the page `name`
 
 def add_to_page(app, pagename, templatename, context, doctree):
     context['header_buttons'] = [*source_buttons(pagename), *context['header_buttons']]
-    if pagename == root_doc: context['docstitle'] = ''     # else its name would be there twice
+    if pagename == root_doc: context['title'] = settings['description']     # else its name would be there twice
 
 def setup(app):
     app.connect('html-page-context', add_to_page, priority=900)     # after the theme has made its buttons

@@ -93,7 +93,8 @@ def test_every_notebook_is_a_page_with_a_title_of_its_own(site, notebooks):
     assert {f'{name}.html' for name in notebooks} <= titles.keys()
     assert [t for t, n in Counter(titles.values()).items() if n > 1] == []
     plain = lambda text: re.sub(r'[`*]', '', text)
-    assert [name for name, cells in notebooks.items() if not titles[f'{name}.html'].startswith(plain(heading(cells)))] == []
+    assert [name for name, cells in notebooks.items() if name != 'index' and not titles[f'{name}.html'].startswith(plain(heading(cells)))] == []
+    assert 'LLaMA' in titles['index.html']
 
 @needs_sphinx
 def test_parts_neighbours_and_ways_to_open_it(site, notebooks):
@@ -264,7 +265,8 @@ def test_formulas_are_balanced_and_their_commands_known(formulas):
 @needs_sphinx
 @pytest.mark.skipif(shutil.which('node') is None, reason='Node is not installed: formulas are only checked for balance and known commands')
 def test_every_formula_compiles(formulas):
-    assert compiled([r'\frac{1}{2}', r'\frac{1}', r'\nosuchthing', r'\left( x']) and len(compiled([r'x', r'\frac{1}', r'\nosuchthing', r'\left( x'])) == 3
+    broken = [r'\frac{1}', r'\nosuchthing', r'\left( x', r'\boldsymbol{x}']     # the last needs an extension, which is another file
+    assert [formula for formula, _ in compiled(['x', *broken])] == broken
     assert compiled(formulas) == []
 
 @needs_sphinx
@@ -315,9 +317,8 @@ def test_parameters_carry_the_comments_that_fastcore_reads():
         loaded = importlib.import_module(module.name)
         for symbol in module.symbols:
             if symbol.kind not in ('function', 'class'): continue
-            theirs = docments(getattr(loaded, symbol.name))
-            ours = {name: note for name, _, _, note in symbol.rows if not name.startswith('**')}
-            for name, note in ours.items():
+            theirs = docments(getattr(loaded, symbol.name), args_kwargs=True)
+            for name, _, _, note in symbol.rows:
                 expected = ' '.join((theirs.get({'returns': 'return'}.get(name, name.lstrip('*'))) or '').split())
                 assert note == expected, f'{module.name}.{symbol.name}: {name}'
                 seen += bool(note)

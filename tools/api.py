@@ -16,7 +16,8 @@ PROPERTIES = {'property', 'cached_property', 'functools.cached_property'}
 
 def comments_of(source:str)->dict: # line number -> comment without its sign
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT}
+    found = {t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT}
+    return {line: text for line, text in found.items() if not text.startswith('%%')}     # nbdev's own
 
 def comment_at(line:int, comments:dict, taken:set)->str:
     "The comment behind a line, else those right above it, up to the line of another parameter"
@@ -132,7 +133,8 @@ def definitions(body):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)): yield node.name, node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from ((n.id, node) for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+            several = [n for t in targets for n in getattr(t, 'elts', [t])]
+            yield from ((n.id, node) for n in several if isinstance(n, ast.Name))     # not `Loader.state = ...`
         else:
             for branch in ('body', 'orelse', 'handlers', 'finalbody'): yield from definitions(getattr(node, branch, []))
 
@@ -154,11 +156,14 @@ def code(text:str)->str:
     return f'`{text}`' if text and '`' not in text else text
 
 def table(rows:list)->list:
-    "Parameters, if any of them says more than the signature"
+    "Parameters, if any of them says more than the signature; a column without entries is left out"
     if not any(r[3] for r in rows): return []
-    lines = [f'| {name if name == "returns" else code(name)} | {code(kind)} | {code(default)} | {plain(note)} |'
+    shown = [(name if name == 'returns' else code(name), code(kind), code(default), plain(note))
              for name, kind, default, note in rows if name != 'returns' or note]
-    return ['', '| | type | default | |', '|---|---|---|---|', *lines]
+    head = ('parameter', 'type', 'default', 'meaning')
+    filled = [i for i in range(4) if any(row[i] for row in shown)]
+    lines = [[row[i] for i in filled] for row in (head, ('---',)*4, *shown)]
+    return ['', *(f'| {" | ".join(line)} |' for line in lines)]
 
 def link(href:str, text:str)->str: return f'<a href="{html.escape(href)}">{text}</a>'
 
@@ -184,14 +189,14 @@ def index_page(modules:list)->str:
              'parameters, and from there to the page that explains it.', '',
              '```{toctree}', ':hidden:', '', *(m.name for m in modules), '```']
     for m in modules:
-        lines += ['', f'## {link(m.name + ".html", m.name)}', '', plain(m.summary), '', '| | |', '|---|---|']
+        lines += ['', f'## {m.name}', '', plain(m.summary), '']
+        if m.symbols: lines += ['| name | |', '|---|---|']
         lines += [f'| {link(anchor(m, s), f"<code>{s.name}</code>")} | {plain(s.summary.partition(chr(10))[0])} |' for s in m.symbols]
     return '\n'.join(lines) + '\n'
 
-def write_api(root:Path, folder:Path, titles:dict)->list: # of the modules that have public names
+def write_api(root:Path, folder:Path, titles:dict):
     "Write the pages of the index into a folder; `titles` are those of the notebooks, by file name"
-    modules = [m for m in read_modules(root) if m.symbols]
+    modules = [m for m in read_modules(root) if m.cells]
     folder.mkdir(parents=True, exist_ok=True)
     for m in modules: (folder/f'{m.name}.md').write_text(module_page(m, titles), encoding='utf-8')
     (folder/'index.md').write_text(index_page(modules), encoding='utf-8')
-    return modules
