@@ -1,4 +1,4 @@
-"Sphinx configuration of the site. `make docs` makes the pages from the notebooks (tools/docs.py) and then runs this."
+"Sphinx configuration of the site; `make docs` makes its pages from the notebooks first (tools/docs.py)."
 from configparser import ConfigParser
 from importlib.metadata import files
 from pathlib import Path
@@ -32,7 +32,7 @@ toc_object_entries_show_parents = 'hide'
 # Formulas are set by one file, which comes with a package: a reader needs no network
 mathjax_file = next(f for f in files('sphinx-mathjax-offline') if f.name == 'tex-svg.js').locate()
 mathjax_path = mathjax_file.name
-mathjax3_config = {'options': {'enableMenu': False}}     # the menu's entries would load files that are not there
+mathjax3_config = {'options': {'enableMenu': False}}     # its entries would load files that are not there
 
 # --- how it looks ---------------------------------------------------------------------------------
 
@@ -55,7 +55,8 @@ here = f"blob/{settings['branch']}"
 colab = repository.replace('https://github.com', 'https://colab.research.google.com/github')
 
 def button(url:str, icon:str, words:str)->dict:
-    return {'type': 'link', 'url': url, 'icon': icon, 'tooltip': words, 'text': '', 'label': words.lower().replace(' ', '-')}
+    label = words.lower().replace(' ', '-')
+    return {'type': 'link', 'url': url, 'icon': icon, 'tooltip': words, 'text': '', 'label': label}
 
 def source_buttons(name:str)->list: # of the page `name`
     "A notebook on GitHub and Colab, a module on GitHub, else the repository"
@@ -64,12 +65,13 @@ def source_buttons(name:str)->list: # of the page `name`
     if (ROOT/notebook).exists():
         return [button(f'{repository}/{here}/{notebook}', 'fab fa-github', 'Open the notebook on GitHub'),
                 button(f'{colab}/{here}/{notebook}', 'fas fa-rocket', 'Open the notebook in Colab')]
-    if (ROOT/module).exists(): return [button(f'{repository}/{here}/{module}', 'fab fa-github', 'Open the module on GitHub')]
+    if (ROOT/module).exists():
+        return [button(f'{repository}/{here}/{module}', 'fab fa-github', 'Open the module on GitHub')]
     return [button(repository, 'fab fa-github', 'Open the repository on GitHub')]
 
 def add_to_page(app, pagename, templatename, context, doctree):
     context['header_buttons'] = [*source_buttons(pagename), *context['header_buttons']]
-    if pagename == root_doc: context['title'] = settings['description']     # else its name would be there twice
+    if pagename == root_doc: context['title'] = settings['description']     # else its name is there twice
 
 def setup(app):
     app.connect('html-page-context', add_to_page, priority=900)     # after the theme has made its buttons

@@ -36,7 +36,8 @@ def arguments(node)->list: # (shown name, line, annotation, default) of each par
     if a.vararg: rows.append(('*', a.vararg, None))
     rows += [('', *pair) for pair in zip(a.kwonlyargs, a.kw_defaults)]
     if a.kwarg: rows.append(('**', a.kwarg, None))
-    return [(stars + arg.arg, arg.lineno, unparse(arg.annotation), unparse(default)) for stars, arg, default in rows]
+    return [(stars + arg.arg, arg.lineno, unparse(arg.annotation), unparse(default))
+            for stars, arg, default in rows]
 
 def field_default(node)->str:
     "Default of a dataclass field: a value, or a call of `field` or the like that holds one"
@@ -84,23 +85,28 @@ def read_function(node, comments:dict)->Symbol:
 def read_method(node, comments:dict)->Symbol:
     marks, made = decorators(node), read_function(node, comments)
     if 'staticmethod' not in marks: made.rows = made.rows[1:]
-    if marks & PROPERTIES:
-        made.kind, made.options = 'property', [f':type: {kind}' for name, kind, *_ in made.rows if name == 'returns']
-    else: made.kind, made.options = 'method', [f':{mark}:' for mark in ('staticmethod', 'classmethod') if mark in marks]
+    made.kind = 'property' if marks & PROPERTIES else 'method'
+    returned = [kind for name, kind, *_ in made.rows if name == 'returns']
+    if marks & PROPERTIES: made.options = [f':type: {kind}' for kind in returned]
+    else: made.options = [f':{mark}:' for mark in ('staticmethod', 'classmethod') if mark in marks]
     return made
 
 def read_class(node, comments:dict)->Symbol:
     inner = [n for n in node.body if isinstance(n, FUNCTIONS)]
     init = next((n for n in inner if n.name == '__init__'), None)
-    is_record = decorators(node) & {'dataclass', 'dataclasses.dataclass'} or 'NamedTuple' in map(unparse, node.bases)
-    rows = fields_of(node) if is_record else arguments(init)[1:] if init else []
+    names = decorators(node) | set(map(unparse, node.bases))
+    has_fields = names & {'dataclass', 'dataclasses.dataclass', 'NamedTuple', 'typing.NamedTuple'}
+    rows = fields_of(node) if has_fields else arguments(init)[1:] if init else []
     members = [read_method(n, comments) for n in inner if not n.name.startswith('_')]
-    return Symbol('class', node.name, node.lineno, ast.get_docstring(node) or '', with_comments(rows, comments), [], members)
+    made = Symbol('class', node.name, node.lineno, ast.get_docstring(node) or '', members=members)
+    made.rows = with_comments(rows, comments)
+    return made
 
 def read_value(name:str, node, comments:dict)->Symbol:
     value = unparse(node.value)
     shown = value if len(value) < 200 else f'{value[:190]} ...'
-    return Symbol('data', name, node.lineno, comment_at(node.lineno, comments, set()), options=[f':value: {shown}'] if value else [])
+    summary = comment_at(node.lineno, comments, set())
+    return Symbol('data', name, node.lineno, summary, options=[f':value: {shown}'] if value else [])
 
 def read_symbol(name:str, node, comments:dict)->Symbol:
     if isinstance(node, ast.ClassDef): return read_class(node, comments)
@@ -108,17 +114,19 @@ def read_symbol(name:str, node, comments:dict)->Symbol:
     return read_value(name, node, comments)
 
 class Module:
-    "An exported module: its `name`, `summary`, public `symbols` in the order of the page, and the cells they come from"
+    "An exported module: its public `symbols` in the order of the page, and the `cells` they come from"
     def __init__(self, path:Path, root:Path):
         source = path.read_text(encoding='utf-8')
         tree, self.comments = ast.parse(source), comments_of(source)
         self.path = path.relative_to(root).as_posix()
         self.name = '.'.join(path.relative_to(root).with_suffix('').parts)
         self.summary = ast.get_docstring(tree) or ''
-        self.cells = [(i, *m.groups()) for i, line in enumerate(source.splitlines(), 1) if (m := CELL.match(line))]
+        marks = ((i, CELL.match(line)) for i, line in enumerate(source.splitlines(), 1))
+        self.cells = [(i, *m.groups()) for i, m in marks if m]     # line, page, id
         nodes = dict(definitions(tree.body))
         names = ast.literal_eval(nodes.pop('__all__').value) if '__all__' in nodes else []
-        self.symbols = sorted((read_symbol(name, nodes[name], self.comments) for name in names), key=lambda s: s.line)
+        symbols = [read_symbol(name, nodes[name], self.comments) for name in names]
+        self.symbols = sorted(symbols, key=lambda s: s.line)
 
     @property
     def page(self): return self.cells[0][1] if self.cells else ''
@@ -130,13 +138,15 @@ class Module:
 def definitions(body):
     "(name, node) of what a module defines, in branches too"
     for node in body:
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)): yield node.name, node
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            yield node.name, node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             several = [n for t in targets for n in getattr(t, 'elts', [t])]
-            yield from ((n.id, node) for n in several if isinstance(n, ast.Name))     # not `Loader.state = ...`
+            yield from ((n.id, node) for n in several if isinstance(n, ast.Name))     # not `A.b = ...`
         else:
-            for branch in ('body', 'orelse', 'handlers', 'finalbody'): yield from definitions(getattr(node, branch, []))
+            for branch in ('body', 'orelse', 'handlers', 'finalbody'):
+                yield from definitions(getattr(node, branch, []))
 
 def read_modules(root:Path)->list: # of Module, in the order of the pages
     paths = [p for p in (root/'llama_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')]
@@ -179,19 +189,22 @@ def module_page(module, titles:dict)->str:
     for symbol in module.symbols:
         page, cell = module.cell(symbol)
         href = f'../{page}.html' + (f'#cell-{cell}' if cell else '')
-        lines += entry(symbol, f'Explained in {link(href, html.escape(titles.get(page, page)))}.' if page else '')
+        where = link(href, html.escape(titles.get(page, page)))
+        lines += entry(symbol, f'Explained in {where}.' if page else '')
     return '\n'.join(lines) + '\n'
 
 def anchor(module, symbol)->str: return f'{module.name}.html#{module.name}.{symbol.name}'
 
 def index_page(modules:list)->str:
-    lines = ['# All names', '', 'Every public name of the package, in reading order. Each leads to its signature and its '
-             'parameters, and from there to the page that explains it.', '',
+    lines = ['# All names', '', 'Every public name of the package, in reading order. Each leads to its '
+             'signature and its parameters, and from there to the page that explains it.', '',
              '```{toctree}', ':hidden:', '', *(m.name for m in modules), '```']
     for m in modules:
         lines += ['', f'## {m.name}', '', plain(m.summary), '']
         if m.symbols: lines += ['| name | |', '|---|---|']
-        lines += [f'| {link(anchor(m, s), f"<code>{s.name}</code>")} | {plain(s.summary.partition(chr(10))[0])} |' for s in m.symbols]
+        for s in m.symbols:
+            name = link(anchor(m, s), f'<code>{s.name}</code>')
+            lines.append(f'| {name} | {plain(s.summary.partition(chr(10))[0])} |')
     return '\n'.join(lines) + '\n'
 
 def write_api(root:Path, folder:Path, titles:dict):

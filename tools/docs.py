@@ -40,11 +40,13 @@ def is_assertion(node)->bool:
     "An assertion, a call of a testing function, or a block of nothing else"
     if isinstance(node, ast.Assert): return True
     if isinstance(node, (ast.With, ast.For)):
-        return all(map(is_assertion, node.body)) or (isinstance(node, ast.With) and expects_failure(node))
+        return expects_failure(node) or all(map(is_assertion, node.body))
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call): return False
     return re.match(r'test_|(\w+\.)*assert_', ast.unparse(node.value.func)) is not None
 
-def expects_failure(node)->bool: return any(re.match(r'expect_fail|(pytest\.)?raises', ast.unparse(i)) for i in node.items)
+def expects_failure(node)->bool: # `with expect_fail(...)`
+    items = map(ast.unparse, getattr(node, 'items', ()))
+    return any(re.match(r'expect_fail|(pytest\.)?raises', item) for item in items)
 
 def is_check(cell)->bool:
     "Does it only assert? Its id says so, or each of its statements"
@@ -53,7 +55,8 @@ def is_check(cell)->bool:
     except SyntaxError: return False     # of a cell with `!` or `%`
     return bool(body) and all(map(is_assertion, body))
 
-def has_picture(cell)->bool: return any(kind.startswith('image/') for o in cell.outputs for kind in o.get('data', {}))
+def has_picture(cell)->bool:
+    return any(kind.startswith('image/') for output in cell.outputs for kind in output.get('data', {}))
 
 def fold(cell):
     "Show a line in place of a check; a picture stays"
@@ -83,8 +86,9 @@ PICTURE = re.compile(r'(!\[[^\]]*\]\(|\b(?:src|srcset)=")([^)"\s:]+\.(?:png|svg|
 def place(folder:Path, match)->str:
     "Copy a picture of the repository to the pages; what to write for it there"
     path = (NBS/match[2]).resolve()
+    if not path.is_file(): sys.exit(f'a page shows {match[2]}, which is not in the repository')
     name = path.relative_to(ROOT).as_posix()
-    for to in (folder/'pages'/name, folder/'extra'/name):     # Sphinx moves those of Markdown, those of HTML stay where they are
+    for to in (folder/'pages'/name, folder/'extra'/name):     # for Markdown, and for HTML
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to)
     return match[1] + name
@@ -97,13 +101,14 @@ def relinked(text:str, folder:Path)->str:
 # --- pages ----------------------------------------------------------------------------------------
 
 def title(nb)->str: # of a page: its first heading
-    return next(m[1] for c in nb.cells if c.cell_type == 'markdown' and (m := re.match(r'#\s+(.*)', c.source)))
+    prose = (c.source for c in nb.cells if c.cell_type == 'markdown')
+    return next(m[1] for text in prose if (m := re.match(r'#\s+(.*)', text)))
 
 def contents(names:list)->str:
     "The side bar: parts with their pages, then the index of the package"
     parts = tomllib.loads((ROOT/'docs'/'parts.toml').read_text(encoding='utf-8'))
     without = [n for n in names if not n.startswith(tuple(parts))]
-    if without: sys.exit(f'docs/parts.toml names no part for nbs/{without[0]}.ipynb; it should begin with one of {", ".join(parts)}')
+    if without: sys.exit(f'docs/parts.toml has no part for nbs/{without[0]}.ipynb, only {", ".join(parts)}')
     groups = [(f'{key} · {name}', [n for n in names if n.startswith(key)]) for key, name in parts.items()]
     groups.append(('The library', ['api/index']))
     return '\n\n'.join('\n'.join(['```{toctree}', ':hidden:', f':caption: {name}', '', *pages, '```'])
@@ -118,7 +123,9 @@ def prepare(folder:Path):
         nb.cells = list(shown(nb))
         for cell in nb.cells:
             if cell.cell_type == 'markdown': cell.source = relinked(cell.source, folder)
-        if name == 'index': nb.cells.append(nbformat.v4.new_markdown_cell(contents([n for n in pages if n != 'index'])))
+        if name == 'index':
+            side_bar = contents([n for n in pages if n != 'index'])
+            nb.cells.append(nbformat.v4.new_markdown_cell(side_bar))
         nb.metadata['language_info'] = {'name': 'python'}
         nbformat.write(nb, folder/'pages'/f'{name}.ipynb')
     write_api(ROOT, folder/'pages'/'api', {name: title(nb) for name, nb in pages.items()})
