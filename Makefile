@@ -16,7 +16,7 @@ help:
 	@echo 'make torture    ranks killed at random instants, during saves too (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
 	@echo 'make gpu        on a machine with a GPU: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour; PARTS="graphs sync")'
-	@echo 'make prepare    after editing a notebook: clean, export, README'
+	@echo 'make prepare    after editing a notebook: clean, export, pictures, README'
 	@echo 'make docs       the site in _docs, with search and an index of all names (a minute; needs no PyTorch)'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
 	@echo 'With any of them: PYTHON=python3.12 (for a new .venv), TORCH=2.13.0, TORCH_INDEX=https://download.pytorch.org/whl/cpu'
@@ -40,11 +40,12 @@ gpu: .venv/installed-dev
 	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
 notebooks: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python tools/pages.py --n_workers 2
 
 prepare: .venv/installed-dev
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
 docs: .venv/installed-docs

@@ -7,9 +7,11 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
+readme = here/'README.md'
 
-# xformers has wheels for this machine only; they ask for CUDA 12's runtime, which a torch for CUDA 13 does not bring
-linux_x86 = [f'{r}; sys_platform == "linux" and platform_machine == "x86_64"' for r in cfg['linux_x86_requirements'].split()]
+# xformers has wheels for this machine only; they ask for CUDA 12's runtime, which a torch for CUDA 13 has not
+linux_x86 = [f'{r}; sys_platform == "linux" and platform_machine == "x86_64"'
+             for r in cfg['linux_x86_requirements'].split()]
 
 # The site; part of `dev` too, so that the tests see a link or a formula that breaks while a page is edited
 docs = cfg['docs_requirements'].split()
@@ -18,7 +20,7 @@ setup(
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else cfg['description'],
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type='text/markdown',
     keywords=cfg['keywords'].split(),
     author=cfg['author'],

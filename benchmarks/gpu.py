@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --out FOLDER --parts graphs sync --minutes 9.5 --wheels xformers.whl
     python benchmarks/gpu.py --out FOLDER --merge EARLIER LATER
 
-Each part is a process of its own with a time limit; its rows are written as they come, to FOLDER/DEVICE/results.json and
-results.md. A part that fails, hangs or is killed is recorded with its last lines, and the next one goes on. Called again, it goes
-on with the parts that are not done. Without a GPU the parts that make sense run in miniature, and the tables say what was skipped.
+Each part is a process of its own with a time limit; its rows are written as they come, to
+FOLDER/DEVICE/results.json and results.md. A part that fails, hangs or is killed is recorded with its last
+lines, and the next one goes on. Called again, it goes on with the parts that are not done. Without a GPU the
+parts that make sense run in miniature, and the tables say what was skipped.
 """
 import argparse, importlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import deque
@@ -25,17 +26,21 @@ class Part:
     run:str                     # module:function, called with a `Desk`
 
 PARTS = {
-    'environment': Part('versions, xformers, the attention that `auto` picks, steps with default settings', 120,
+    'environment': Part('versions, xformers, the attention that `auto` picks, steps with default settings',
+                        120,
                         'gpu_parts:environment'),
     'tests':       Part('tests/gpu_cuda.py', 90, 'gpu_parts:tests'),
     'graphs':      Part('one block as wide as that of 7B: graphs and graph breaks', 210, 'gpu_parts:graphs'),
-    'sync':        Part('steps in which the host may not wait for the device; a skipped step', 120, 'gpu_parts:sync'),
+    'sync':        Part('steps in which the host may not wait for the device; a skipped step', 120,
+                        'gpu_parts:sync'),
     'parity':      Part('gradients against float32 on the CPU', 120, 'gpu_parts:parity'),
     'step':        Part('a training step of 1.3B parameters beside transformers', 360, 'gpu_step:step'),
     'step_7B':     Part('a training step of 7B, or of as many of its layers as fit', 240, 'gpu_step:step_7B'),
     'profile':     Part('where the time of a step goes', 90, 'gpu_step:profile'),
-    'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90, 'gpu_parts:memory'),
-    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180, 'gpu_runs:nccl'),
+    'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90,
+                        'gpu_parts:memory'),
+    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180,
+                        'gpu_runs:nccl'),
     'documents':   Part('packing with document masking against packing without', 150, 'gpu_runs:documents'),
 }
 
@@ -48,11 +53,15 @@ class Desk:
         self.end = time.monotonic() + seconds - 10              # 10 s to begin and to end in
         self.out = self.work/'files'                            # what is put here is kept beside the tables
 
-    def left(self)->float: "Seconds until it should be done"; return self.end - time.monotonic()
+    def left(self)->float:
+        "Seconds until it should be done"
+        return self.end - time.monotonic()
 
     def row(self, table:str, name:str, ok:bool|None=None, **values):
-        "Hand in a row, in the place of one of the same table and name. `ok` False is a problem, None a number to look at"
-        values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        """Hand in a row, in the place of one of the same table and name. `ok` False is a problem, None a
+        number to look at"""
+        values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+                  for k, v in values.items()}
         print(ROW + json.dumps({'table': table, 'name': name, 'ok': ok, **values}, default=str), flush=True)
 
     def skip(self, name:str, why:str): self.row('skipped', name, why=why)
@@ -89,8 +98,10 @@ class Listener(threading.Thread):
 
 def end_group(process):
     "End a part and everything that it has started"
-    try: os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError: pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
     process.wait()
 
 def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
@@ -98,20 +109,27 @@ def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
     command = [sys.executable, str(HERE/'gpu.py'), '--worker', part.run, form, str(work), str(limit)]
     begun, process, tail = time.monotonic(), None, []
     try:
-        process = subprocess.Popen(command, env=environment(work, form), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        process = subprocess.Popen(command, env=environment(work, form), stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT,
                                    text=True, errors='replace', start_new_session=True)
         listener = Listener(process.stdout, take)
         listener.start()
         status = how_it_ended(process.wait(limit))
-    except subprocess.TimeoutExpired: status = f'over its limit of {limit:.0f} s'
-    except KeyboardInterrupt: status = 'stopped'
+    except subprocess.TimeoutExpired:
+        status = f'over its limit of {limit:.0f} s'
+    except KeyboardInterrupt:
+        status = 'stopped'
     finally:
-        if process: end_group(process); listener.join(10); tail = list(listener.tail)
+        if process:
+            end_group(process)
+            listener.join(10)
+            tail = list(listener.tail)
     tail = [] if status == 'done' else tail
     return {'status': status, 'seconds': round(time.monotonic() - begun, 1), 'tail': tail}
 
 def how_it_ended(code:int)->str:
-    return 'done' if code == 0 else f'killed by signal {-code}' if code < 0 else f'failed with exit code {code}'
+    return ('done' if code == 0 else f'killed by signal {-code}' if code < 0
+            else f'failed with exit code {code}')
 
 def look(form:str, work:Path)->dict:
     "The device and the versions, seen by a process that ends again, so that the GPU is free for the parts"
@@ -130,8 +148,10 @@ print(json.dumps({'gpu': gpu, 'device': torch.cuda.get_device_name() if gpu else
     return about | {'form': 'gpu' if about['gpu'] else 'cpu', 'device': device}
 
 def processor()->str:
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: lines = []
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')),
                 'of unknown name')
 
@@ -140,7 +160,8 @@ def folder_name(device:str)->str:
     return re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')
 
 def install(wheels:list[str], site:Path):
-    "Wheels, or folders of wheels, for the parts alone: nothing is fetched and nothing is changed outside of `site`"
+    """Wheels, or folders of wheels, for the parts alone: nothing is fetched and nothing is changed outside of
+    `site`"""
     files = [str(f) for w in map(Path, wheels) for f in (sorted(w.glob('*.whl')) if w.is_dir() else [w])]
     if files:
         subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target',
@@ -171,7 +192,8 @@ class Results:
         rows = self.data['parts'][name]['rows']
         same = [i for i, r in enumerate(rows) if (r['table'], r['name']) == (row['table'], row['name'])]
         if same: rows[same[0]] = row
-        else: rows.append(row)
+        else:
+            rows.append(row)
         self.write()
 
     def finish(self, name:str, **values):
@@ -212,8 +234,10 @@ def render_part(name:str, part:dict)->list[str]:
 def render(data:dict)->str:
     "All of it as Markdown"
     a, parts = data['about'], data['parts']
-    mini = ' **No GPU: a miniature that shows that the parts run; its times say nothing.**'*(a['form'] != 'gpu')
-    lines = [f'# {a["device"]}', '', f'Measured by `python benchmarks/gpu.py`: torch {a["torch"]}, CUDA {a["cuda"]}, '
+    mini = ' **No GPU: a miniature that shows that the parts run; its times say nothing.**'
+    mini *= a['form'] != 'gpu'
+    lines = [f'# {a["device"]}', '',
+             f'Measured by `python benchmarks/gpu.py`: torch {a["torch"]}, CUDA {a["cuda"]}, '
              f'Python {a["python"]}, {a["cores"]} cores.{mini}', '']
     lines += table([{'name': n, 'status': p['status'], 'problems': ', '.join(problems(p)) or None,
                      'seconds': p.get('seconds')} for n, p in parts.items()])
@@ -261,7 +285,9 @@ def merge(folders:list[str], out:Path):
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog='parts:\n' + '\n'.join(f'  {n:<12} {p.seconds:4.0f} s  {p.about}' for n, p in PARTS.items()))
+                                epilog='parts:\n'
+                                + '\n'.join(f'  {n:<12} {p.seconds:4.0f} s  {p.about}'
+                                            for n, p in PARTS.items()))
     p.add_argument('--out', default=str(HERE/'gpu'),
                    help='the tables go into a folder of it that is named by the device')
     p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
@@ -278,7 +304,9 @@ def arguments():
 def main()->int:
     a = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if a.merge: merge(a.merge, Path(a.out)); return 0
+    if a.merge:
+        merge(a.merge, Path(a.out))
+        return 0
     work = Path(tempfile.mkdtemp(prefix='llama_nb_gpu_'))
     try:
         install(a.wheels, work/'site')
@@ -288,11 +316,15 @@ def main()->int:
         results = Results(Path(a.out)/folder_name(about['device']), about)
         fine = run_parts({n: PARTS[n] for n in PARTS if n in a.parts}, results, about['form'], work,
                          a.minutes, a.again)
-    except KeyboardInterrupt: print('stopped; the same command goes on'); return 130
-    finally: shutil.rmtree(work, ignore_errors=True)
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on')
+        return 130
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     print(f'{results.folder/"results.md"}')
     return 0 if fine else 1
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--worker']: work_on(*sys.argv[2:])
-    else: sys.exit(main())
+    else:
+        sys.exit(main())

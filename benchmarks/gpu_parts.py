@@ -1,23 +1,26 @@
-"Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run file, `Trainer`, `train_step`."
-import importlib.metadata, importlib.util, itertools, math, random, subprocess, sys, xml.etree.ElementTree as ET
+"""Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run
+file, `start_run`, `train_step`."""
+import importlib.metadata, importlib.util, itertools, math, random, subprocess, sys
+import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 import torch
 from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from llama_nb.model.attention import backend_problem, backend_report
+from llama_nb.model.kernels import backend_problem, backend_report
 from llama_nb.core import UserError, pick_dtype
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.memory import memory_per_rank
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
-from llama_nb.train.trainer import Trainer, train_step
+from llama_nb.train.trainer import Trainer, start_run, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ('cross', 'separate')
 # as wide as 7B, with a small vocabulary
 BLOCK_7B = ModelConfig(4096, 1, 32, vocab_size=2048)
 MINI = ModelConfig(64, 1, 2, vocab_size=512, multiple_of=32, max_seq_len=64)
-SMALL = {'gpu': ModelConfig(256, 2, 2, vocab_size=512, multiple_of=32, max_seq_len=256),   # heads of width 128, as in 7B
+# heads of width 128, as in 7B
+SMALL = {'gpu': ModelConfig(256, 2, 2, vocab_size=512, multiple_of=32, max_seq_len=256),
          'cpu': ModelConfig(64, 2, 2, vocab_size=512, multiple_of=32, max_seq_len=64)}
 
 # --- what the parts share -------------------------------------------------------------------------
@@ -33,7 +36,8 @@ def texts(longest:int)->list[str]:
     text, rng, found, at = ''.join(d.text for d in topic_documents()), random.Random(0), [], 0
     while at < len(text):
         size = int(40*(longest/40)**rng.random())
-        found.append(text[at:at + size]); at += size
+        found.append(text[at:at + size])
+        at += size
     return found
 
 def shards(desk, longest:int=4000)->str:
@@ -54,27 +58,32 @@ def run_config(desk, model:ModelConfig, batch:int=4, micro:int=2, documents:str=
                **train)->RunConfig:
     "A run of its own folder, as a run file would describe it"
     out = desk.work/'runs'/f'{Path(sys.argv[2]).name.replace(":", "-")}-{next(_NUMBERS)}'
-    train = {'steps': 1000, 'micro_batch_size': micro, 'device': where or device(desk).type, 'dtype': 'bfloat16',
+    train = {'steps': 1000, 'micro_batch_size': micro, 'device': where or device(desk).type,
+             'dtype': 'bfloat16',
              'prefetch': 2 if desk.gpu else 0,
              'save_every': 1000, **train}
-    data = DataConfig(shards(desk, 2*model.max_seq_len), seq_len=model.max_seq_len, batch_size=batch, documents=documents)
+    data = DataConfig(shards(desk, 2*model.max_seq_len), seq_len=model.max_seq_len, batch_size=batch,
+                      documents=documents)
     optim = OptimConfig(warmup_steps=10, max_grad_norm=1e9)     # gradients are looked at, so not clipped
     return RunConfig(str(out), model, data, TrainConfig(**train), optim)
 
 def trainer(desk, model, **settings)->Trainer:
-    return Trainer(run_config(desk, model, **settings), report=lambda line: None)
+    return start_run(run_config(desk, model, **settings), report=lambda line: None)
 
 def bare_model(desk, config:ModelConfig, backend:str, mode:str, compiled:bool=False)->LLaMA:
-    "A model whose first weights are drawn on its device; a run draws them on the CPU, which takes seconds per 100 million"
+    """A model whose first weights are drawn on its device; a run draws them on the CPU, which takes seconds
+    per 100 million"""
     with torch.device('meta'): model = LLaMA(config)
-    model.to_empty(device=device(desk)); init_weights(model)
+    model.to_empty(device=device(desk))
+    init_weights(model)
     for layer in model.layers: layer.attention.backend = backend
     apply_recompute(model, mode)
     for layer in model.layers if compiled else (): layer.compile(fullgraph=True)
     return model
 
 def backends(desk, *wanted, dtype=torch.bfloat16, k:int=128)->list[str]:
-    "Those of the wanted attention backends that can run here, with documents; the others become rows that say why not"
+    """Those of the wanted attention backends that can run here, with documents; the others become rows that
+    say why not"""
     problems = {n: backend_problem(n, device(desk), dtype, k, True) for n in wanted}
     for name, problem in problems.items():
         if problem: desk.skip(f'attention {name}, {str(dtype).removeprefix("torch.")}, heads of {k}', problem)
@@ -106,22 +115,29 @@ def environment(desk):
 
 def shell(*command, seconds=60)->str:
     "What a program prints; why it printed nothing if it did not run"
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except (OSError, subprocess.TimeoutExpired) as e: return first_line(e)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return first_line(e)
     return (done.stdout + done.stderr if done.returncode else done.stdout).strip()
 
 def versions(desk):
     def version(package):
-        try: return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError: return 'not installed'
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return 'not installed'
     for name in ('torch', 'triton', 'xformers', 'transformers', 'numpy', 'nvidia-cuda-runtime-cu12',
                  'nvidia-cuda-runtime'):
         desk.row('versions', name, value=version(name))
     desk.row('versions', 'CUDA of torch', value=torch.version.cuda)
-    if not desk.gpu: desk.skip('driver, cuDNN, NCCL', 'no GPU'); return
+    if not desk.gpu:
+        desk.skip('driver, cuDNN, NCCL', 'no GPU')
+        return
     p = torch.cuda.get_device_properties(0)
     desk.row('versions', 'device',
-             value=f'{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, '
+             value=f'{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} '
+                   f'multiprocessors, '
                    f'{p.total_memory/1e9:.1f} GB')
     desk.row('versions', 'cuDNN', value=torch.backends.cudnn.version())
     desk.row('versions', 'NCCL', value='.'.join(map(str, torch.cuda.nccl.version())))
@@ -138,26 +154,31 @@ if {load}:
     ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
 import xformers._cpp_lib as lib, xformers.ops as ops
 print('_built_with_cuda', getattr(lib, '_built_with_cuda', 'unknown'))
-q, k, v = (torch.randn(1, 64, 2, 128, device='cuda', dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+def draw(): return torch.randn(1, 64, 2, 128, device='cuda', dtype=torch.bfloat16, requires_grad=True)
+q, k, v = draw(), draw(), draw()
 ops.memory_efficient_attention(q, k, v, attn_bias=ops.LowerTriangularMask()).sum().backward()
 print('forward and backward ran', bool(q.grad.isfinite().all()))
 '''
 
 def xformers_beside(desk):
     "xformers by itself: as it is installed, and after CUDA 12's runtime library has been loaded"
-    if not desk.gpu: desk.skip('xformers beside a torch for CUDA 13', 'no GPU'); return
+    if not desk.gpu:
+        desk.skip('xformers beside a torch for CUDA 13', 'no GPU')
+        return
     for load in (False, True):
         said = shell(sys.executable, '-W', 'ignore', '-c', XFORMERS.format(load=load))
         last = next((line for line in reversed(said.splitlines()) if line.strip()), '')
         desk.row('xformers by itself', 'libcudart.so.12 loaded first' if load else 'as installed',
-                 runs='forward and backward ran True' in said, cuda='_built_with_cuda True' in said, said=last[:200])
+                 runs='forward and backward ran True' in said, cuda='_built_with_cuda True' in said,
+                 said=last[:200])
 
 def default_steps(desk):
     "The command line with a run file that sets only what it must (C3)"
     from llama_nb.config import PRESETS, dump_run
     small = PRESETS['toy'] if desk.gpu else MINI
     data = DataConfig(shards(desk), seq_len=small.max_seq_len, batch_size=4)
-    config = RunConfig(str(desk.work/'default'), small, data, TrainConfig(steps=5), OptimConfig(warmup_steps=2))
+    config = RunConfig(str(desk.work/'default'), small, data, TrainConfig(steps=5),
+                       OptimConfig(warmup_steps=2))
     path = desk.work/'default.toml'
     path.write_text(dump_run(config), encoding='utf-8')
     said = subprocess.run([sys.executable, '-m', 'llama_nb', 'train', str(path)], capture_output=True,
@@ -173,24 +194,27 @@ def tests(desk):
     "tests/gpu_cuda.py, one row a test"
     file, report = ROOT/'tests'/'gpu_cuda.py', desk.work/'tests.xml'
     if not file.exists() or not importlib.util.find_spec('pytest'):
-        desk.skip('tests/gpu_cuda.py', 'the file or pytest is not here'); return
+        desk.skip('tests/gpu_cuda.py', 'the file or pytest is not here')
+        return
     subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--noconftest',
                     f'--junitxml={report}', str(file)], cwd=desk.work)
     for case in ET.parse(report).iter('testcase'): test_row(desk, case)
 
 def test_row(desk, case:ET.Element):
     "What pytest's report says of a test"
-    said = next((case.find(kind) for kind in ('failure', 'error', 'skipped') if case.find(kind) is not None), None)
+    said = next((case.find(kind) for kind in ('failure', 'error', 'skipped') if case.find(kind) is not None),
+                None)
     name, seconds = case.get('name'), float(case.get('time'))
     if said is None: desk.row('tests', name, True, seconds=seconds)
     elif said.tag == 'skipped': desk.skip(name, ' '.join((said.text or said.get('message')).split())[-200:])
-    else: desk.row('tests', name, False, seconds=seconds, why=said.get('message')[:300])
+    else:
+        desk.row('tests', name, False, seconds=seconds, why=said.get('message')[:300])
 
 # --- graphs ---------------------------------------------------------------------------------------
 
 def graphs(desk):
-    """Each recompute mode, backend and packing, compiled with fullgraph=True: one graph and no break (C1, C2).
-    One more is right where a later batch has more documents than there was room for in the borders."""
+    """Each recompute mode, backend and packing, compiled with fullgraph=True: one graph and no break (C1,
+    C2). One more is right where a later batch has more documents than there was room for in the borders."""
     model = BLOCK_7B if desk.gpu else MINI
     for backend, documents in itertools.product(backends(desk, 'sdpa', 'xformers', k=model.head_dim),
                                                 DOCUMENTS):
@@ -199,20 +223,23 @@ def graphs(desk):
             count_graphs(desk, run, mode, 'aot_eager', f'{backend}, {documents}, {mode}')
         if desk.gpu:
             count_graphs(desk, run, 'linear', 'inductor', f'{backend}, {documents}, linear, Inductor')
-        del run; free(desk)
+        del run
+        free(desk)
     if not desk.gpu: desk.skip('Inductor', 'minutes of compiling on a CPU; graphs are counted with aot_eager')
 
 def count_graphs(desk, run:Trainer, mode:str, compiler:str, name:str):
     from torch._dynamo.utils import counters
     if mode == 'budget': compiler = 'aot_eager_decomp_partition'    # the mode is a matter of its partitioner
-    torch._dynamo.reset(); counters.clear()
+    torch._dynamo.reset()
+    counters.clear()
     why = None
     try:
         apply_recompute(run.model, mode)
         for layer in run.model.layers: layer.compile(backend=compiler, fullgraph=True)
         for _ in range(3): train_step(run)
         wait(desk)
-    except Exception as e: why = first_line(e)
+    except Exception as e:
+        why = first_line(e)
     found, breaks = counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
     right = found == 1 or found == 2 and 'separate' in name
     desk.row('graphs', name, why is None and right and breaks == 0, graphs=found, breaks=breaks, why=why)
@@ -233,7 +260,8 @@ def sync(desk):
         if desk.gpu: no_synchronisation(desk, run, name)
         if compiled == 'off': skipped_step(desk, run, name)
         run.batches = None
-        del run; free(desk)
+        del run
+        free(desk)
 
 def no_synchronisation(desk, run:Trainer, name:str):
     import traceback
@@ -245,7 +273,8 @@ def no_synchronisation(desk, run:Trainer, name:str):
     except Exception as e:
         ours = [f for f in traceback.extract_tb(e.__traceback__) if 'llama_nb' in f.filename]
         why, place = first_line(e), f'{Path(ours[-1].filename).name}:{ours[-1].lineno}' if ours else None
-    finally: torch.cuda.set_sync_debug_mode('default')
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
     desk.row('no host synchronisation in steps 3 to 5', name, why is None, why=why, place=place)
 
 def learned(run:Trainer)->list[torch.Tensor]:
@@ -271,11 +300,15 @@ def skipped_step(desk, run:Trainer, name:str):
 
 # --- parity ---------------------------------------------------------------------------------------
 
-LIMITS = {'float32': 1e-4,  # other sums and exponentials: 1e-6 between backends on a CPU, 1e-5 between layouts; ten times that
-          'bfloat16': .05}  # 2^-8 a rounding, dozens on the way: .02 on a CPU, whose row says what they cost by themselves
+# other sums and exponentials: 1e-6 between backends on a CPU, 1e-5 between layouts; ten times that
+LIMITS = {'float32': 1e-4,
+          # 2^-8 a rounding, dozens on the way: .02 on a CPU, whose row says what they cost by
+          # themselves
+          'bfloat16': .05}
 
 def parity(desk):
-    "Every gradient against the same run in float32 with plain attention on the CPU: the norm of the difference over the norm"
+    """Every gradient against the same run in float32 with plain attention on the CPU: the norm of the
+    difference over the norm"""
     torch.set_float32_matmul_precision('highest')                                        # no TF32
     modes = [('none', 'off'), ('linear', 'off')]
     if desk.gpu: modes += [('full', 'off'), ('linear', 'blocks'), ('budget', 'blocks')]
@@ -291,12 +324,15 @@ def parity(desk):
         compare(desk, f'the CPU itself, {documents}, bfloat16', right, near, 'bfloat16')
         losses[documents] = right['loss']
         for dtype, backend, (mode, compiled) in ((d, b, m) for d in LIMITS for b in names[d] for m in modes):
-            if compiled == 'blocks' and (dtype, backend) != ('bfloat16', names[dtype][-1]): continue   # takes minutes
+            # takes minutes
+            if compiled == 'blocks' and (dtype, backend) != ('bfloat16', names[dtype][-1]): continue
             name = f'{backend}, {documents}, {mode}' + ', compiled'*(compiled == 'blocks') + f', {dtype}'
             try:
                 got = gradients(desk, right, documents=documents, attention=backend, dtype=dtype,
                                 recompute=mode, compile=compiled)
-            except Exception as e: desk.row('gradients', name, False, why=first_line(e)); continue
+            except Exception as e:
+                desk.row('gradients', name, False, why=first_line(e))
+                continue
             compare(desk, name, right, got, dtype)
     desk.row('the batch has borders of documents', 'loss', losses['cross'] != losses['separate'], **losses)
 
@@ -328,7 +364,9 @@ def counted_bytes(desk):
     "Yields a list that receives the bytes that stayed allocated and the most at a time, both above the start"
     got = []
     if desk.gpu:
-        wait(desk); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        wait(desk)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         yield got
         wait(desk)
         got += [torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before]
@@ -343,23 +381,27 @@ def counted_bytes(desk):
     got += [now, top]
 
 KEPT = {'full': lambda d, f: 2*d,                                # bytes in bfloat16: the block's input
-        'linear': lambda d, f: 12*d + 4*f}                       # and the outputs of linear layers, less that of w2
+        'linear': lambda d, f: 12*d + 4*f}  # and the outputs of linear layers, less that of w2
 
 def memory(desk):
-    "What a block keeps for a token, from the difference between 3 blocks and 1, per mode; and the peak of a step"
+    """What a block keeps for a token, from the difference between 3 blocks and 1, per mode; and the peak of a
+    step"""
     wide = BLOCK_7B if desk.gpu else MINI
     names = backends(desk, 'sdpa', 'xformers', k=wide.head_dim)
     cases = [(b, mode, False) for b in names for mode in RECOMPUTE if mode != 'budget']
     cases += [(names[-1], mode, True) for mode in ('none', 'linear')]*desk.gpu
     for backend, mode, compiled in cases:
         name = f'{backend}, {mode}' + ', compiled'*compiled
-        try: kept = [kept_bytes(desk, wide, n, backend, mode, compiled) for n in (1, 3)]
+        try:
+            kept = [kept_bytes(desk, wide, n, backend, mode, compiled) for n in (1, 3)]
         except Exception as e:
             desk.row('bytes that a block keeps for a token', name, False, why=first_line(e))
             continue
-        finally: free(desk)
+        finally:
+            free(desk)
         got, formula = (kept[1] - kept[0])/2, KEPT.get(mode, lambda d, f: None)(wide.dim, wide.ffn_dim)
-        desk.row('bytes that a block keeps for a token', name, kept=got, formula=formula, ratio=formula and got/formula)
+        desk.row('bytes that a block keeps for a token', name, kept=got, formula=formula,
+                 ratio=formula and got/formula)
     if not desk.gpu: desk.skip('compiled modes', 'minutes of compiling on a CPU')
     peaks(desk)
 
@@ -393,5 +435,7 @@ def peaks(desk):
 
 def formula_bytes(config:RunConfig)->float|None:
     "What the package says that a process of its own needs; None where the compiler decides"
-    try: return sum(memory_per_rank(config).values())
-    except UserError: return None
+    try:
+        return sum(memory_per_rank(config).values())
+    except UserError:
+        return None

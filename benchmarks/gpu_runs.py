@@ -1,4 +1,5 @@
-"Parts of gpu.py that are whole runs: one rank on NCCL, saving, stopping, a rank that raises; and what document masking costs."
+"""Parts of gpu.py that are whole runs: one rank on NCCL, saving, stopping, a rank that raises; and what
+document masking costs."""
 import itertools, json, multiprocessing, os, re, signal, socket, statistics, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,28 +22,34 @@ def nccl(desk):
     desk.row('process group', 'backend', value='NCCL, and gloo for the CPU' if desk.gpu else 'gloo')
     for where in (f'cuda:{i}' for i in range(min(torch.cuda.device_count(), 2))) if desk.gpu else ('cpu',):
         asynchronous_save(desk, where, where=where)
-    if not desk.gpu or torch.cuda.device_count() == 1: desk.skip('a second device by its number', 'there is none')
+    if not desk.gpu or torch.cuda.device_count() == 1:
+        desk.skip('a second device by its number', 'there is none')
     raises(desk)
     resumes(desk, 'plain attention', attention='reference', dtype='float32')
     if desk.gpu: resumes(desk, 'default attention', repeats=True)
     with one_rank(): asynchronous_save(desk, 'a rank of a process group', where=device(desk).type)
 
 def free_port()->int:
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 @contextmanager
 def one_rank():
     "What torchrun tells a rank, for this process"
-    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1',
+    told = {'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1',
+            'MASTER_ADDR': '127.0.0.1',
             'MASTER_PORT': str(free_port()), **LOOPBACK}
     os.environ.update(told)
-    try: yield
+    try:
+        yield
     finally:
         stop_ranks()
         for name in told: os.environ.pop(name, None)
 
 def asynchronous_save(desk, name:str, where:str):
-    "Two saves: how long the loop stands still, how long they take, and that training meanwhile does not change them"
+    """Two saves: how long the loop stands still, how long they take, and that training meanwhile does not
+    change them"""
     run = trainer(desk, WIDE if desk.gpu else MINI, where=where, recompute='linear', prefetch=2)
     loop.train_step(run)
     for which in ('first', 'second'):
@@ -59,9 +66,11 @@ def asynchronous_save(desk, name:str, where:str):
                  gb=size_of(path)/1e9, step=path.name)
     run.batches = None
     end = time.monotonic() + 10
-    while multiprocessing.active_children() and time.monotonic() < end: time.sleep(.1)
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(.1)
     desk.row('reading ahead', f'{name}: the worker process has ended', not multiprocessing.active_children())
-    del run, before; free(desk)
+    del run, before
+    free(desk)
 
 def size_of(folder:Path)->int: return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
 
@@ -77,16 +86,21 @@ def torchrun(*program)->subprocess.Popen:
 
 def finish(process, seconds:float)->str:
     "All that it printed; a run that does not end is killed, and says so"
-    try: return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired: pass
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        pass
     for pid in [*children(process.pid), process.pid]: os.kill(pid, signal.SIGKILL)
     return process.communicate()[0] + f'\nkilled after {seconds:.0f} s'
 
 def parent(pid:int)->int:
-    try: return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
-    except OSError: return 0                                    # it has ended meanwhile
+    try:
+        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+    except OSError:
+        return 0                                    # it has ended meanwhile
 
-def children(pid:int)->list[int]: return [p for p in map(int, filter(str.isdecimal, os.listdir('/proc'))) if parent(p) == pid]
+def children(pid:int)->list[int]:
+    return [p for p in map(int, filter(str.isdecimal, os.listdir('/proc'))) if parent(p) == pid]
 
 def metrics(out)->list[dict]:
     path = Path(out)/'metrics.jsonl'
@@ -103,7 +117,8 @@ def write_run(desk, **settings)->tuple[Path, Path]:
 def stop_in_the_middle(desk, path:Path, out:Path)->str:
     "Start a run and send its rank SIGUSR1 after some steps"
     process, end = torchrun('-m', 'llama_nb', 'train', path), time.monotonic() + desk.left()
-    while len(metrics(out)) < 3 and process.poll() is None and time.monotonic() < end: time.sleep(.01)
+    while len(metrics(out)) < 3 and process.poll() is None and time.monotonic() < end:
+        time.sleep(.01)
     if process.poll() is None:
         for rank in children(process.pid): os.kill(rank, signal.SIGUSR1)
     return finish(process, desk.left())
@@ -115,10 +130,12 @@ def what_came(out:Path)->tuple:
     return rows, {f'{part}/{name}': t for part, named in tensors.items() for name, t in named.items()}
 
 def equal(a:tuple, b:tuple)->bool:
-    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], t) for n, t in b[1].items())
+    return (a[0] == b[0] and a[1].keys() == b[1].keys()
+            and all(torch.equal(a[1][n], t) for n, t in b[1].items()))
 
 def resumes(desk, name:str, repeats:bool=False, **settings):
-    "A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if two of those do"
+    """A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if
+    two of those do"""
     settings = {'steps': 400 if desk.gpu else 80, **settings}
     whole = write_run(desk, **settings)
     def train(path): return finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
@@ -188,10 +205,12 @@ def open_run(desk, backend:str, compiled:str, packing:str, count:int):
                       attention=backend, compile=compiled, recompute='linear')
         timed(desk, run, count)
         return run
-    except Exception as e: desk.row('document masking', name, False, why=first_line(e))
+    except Exception as e:
+        desk.row('document masking', name, False, why=first_line(e))
 
 def timed(desk, run, count:int)->float:
-    wait(desk); start = time.perf_counter()
+    wait(desk)
+    start = time.perf_counter()
     for _ in range(count): loop.train_step(run)
     wait(desk)
     return time.perf_counter() - start

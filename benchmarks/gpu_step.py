@@ -1,8 +1,8 @@
 """Parts of gpu.py: training steps beside transformers, and where their time goes.
 
-All contestants share one set of weights, gradients and optimiser states: transformers' LlamaForCausalLM is given our parameters
-under its own names. So both sides have the same precision and the same AdamW, a model of 100 GB of states is in memory once,
-and the contestants can take turns step by step.
+All contestants share one set of weights, gradients and optimiser states: transformers' LlamaForCausalLM is
+given our parameters under its own names. So both sides have the same precision and the same AdamW, a model of
+100 GB of states is in memory once, and the contestants can take turns step by step.
 """
 import statistics, time
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.core import UserError
-from llama_nb.model.attention import pick_backend
+from llama_nb.model.kernels import pick_backend
 from llama_nb.model.transformer import LLaMA
 from llama_nb.scale.flops import device_peak, hfu, measure_matmul_peak, mfu, model_products
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
@@ -39,7 +39,8 @@ class Contestant:
 
 THEIRS = {'attention.wq': 'self_attn.q_proj', 'attention.wk': 'self_attn.k_proj',
           'attention.wv': 'self_attn.v_proj', 'attention.wo': 'self_attn.o_proj',
-          'feed_forward.w1': 'mlp.gate_proj', 'feed_forward.w3': 'mlp.up_proj', 'feed_forward.w2': 'mlp.down_proj',
+          'feed_forward.w1': 'mlp.gate_proj', 'feed_forward.w3': 'mlp.up_proj',
+          'feed_forward.w2': 'mlp.down_proj',
           'attention_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
 
 def their_name(name:str)->str: # 'layers.3.attention.wq.weight' -> 'model.layers.3.self_attn.q_proj.weight'
@@ -62,7 +63,8 @@ def ours(base:LLaMA, who:Contestant, dtype):
     "A function that goes forward and backward through a batch and returns the mean loss"
     with torch.device('meta'): model = LLaMA(base.config)
     adopt(model, dict(base.named_parameters()))
-    pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)   # tried before anything is compiled
+    # tried before anything is compiled
+    pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)
     for layer in model.layers: layer.attention.backend = who.attention
     apply_recompute(model, who.recompute)
     for layer in model.layers if who.compiled else (): layer.compile(fullgraph=True)
@@ -106,7 +108,7 @@ class Contest:
     def __init__(self, desk, table:str, config:ModelConfig, batch:int):
         self.desk, self.table, self.config, self.batch = desk, table, config, batch
         self.dtype = compute_type(desk)
-        torch._dynamo.config.recompile_limit = 64                # each contestant is a version of the same code
+        torch._dynamo.config.recompile_limit = 64  # each contestant is a version of the same code
         self.base = bare_model(desk, config, 'auto', 'none')
         self.optimizer = make_optimizer(self.base, OptimConfig())
         set_lr(self.optimizer, 1e-5)
@@ -119,18 +121,21 @@ class Contest:
                              generator=self.generator).to(self.base.norm.weight.device)
         loss = self.passes[who](rows[:, :-1], rows[:, 1:])
         clip_grad_norm(self.base.parameters(), 1.)
-        self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def timed(self, who:Contestant):
-        wait(self.desk); start = time.perf_counter()
+        wait(self.desk)
+        start = time.perf_counter()
         loss = self.step(who)
         wait(self.desk)
         self.seconds[who].append(time.perf_counter() - start)
         self.facts[who]['loss'] = loss.item()
 
     def enter(self, who:Contestant, warm_up:int=3, alone:int=3):
-        "Warm a contestant up, note its peak of memory, time some steps of it alone; one that fails leaves a row that says how"
+        """Warm a contestant up, note its peak of memory, time some steps of it alone; one that fails leaves a
+        row that says how"""
         free(self.desk)
         begun = time.perf_counter()
         try:
@@ -139,7 +144,9 @@ class Contest:
             took = time.perf_counter() - begun
             self.facts[who], self.seconds[who] = {'warm_up_s': took, 'peak_gb': self.peak_gb(who)}, []
             for _ in range(alone): self.timed(who)
-        except Exception as e: self.leave(who, e); return
+        except Exception as e:
+            self.leave(who, e)
+            return
         self.report(who)
 
     def leave(self, who:Contestant, error:Exception):
@@ -154,7 +161,8 @@ class Contest:
     def peak_gb(self, who:Contestant)->float|None:
         if not self.desk.gpu: return None
         torch.cuda.reset_peak_memory_stats()
-        self.step(who); wait(self.desk)
+        self.step(who)
+        wait(self.desk)
         return torch.cuda.max_memory_allocated()/1e9
 
     def turns(self, rounds:int, reserve:float=20):
@@ -163,8 +171,10 @@ class Contest:
         for _ in range(rounds):
             if self.desk.left() < reserve: break
             for who in list(self.seconds):
-                try: self.timed(who)
-                except Exception as e: self.leave(who, e)
+                try:
+                    self.timed(who)
+                except Exception as e:
+                    self.leave(who, e)
         turned = any(self.seconds.values())
         if not turned: self.seconds = alone
         for who in self.seconds: self.report(who, 'taking turns' if turned else 'alone')
@@ -190,8 +200,10 @@ class Contest:
 def peak_of(desk, config:ModelConfig, batch:int, dtype):
     "Published for a GPU that is known; else measured"
     kind = str(dtype).removeprefix('torch.')
-    try: return device_peak(torch.cuda.get_device_name(), kind)
-    except (UserError, RuntimeError, AssertionError): pass
+    try:
+        return device_peak(torch.cuda.get_device_name(), kind)
+    except (UserError, RuntimeError, AssertionError):
+        pass
     one = ModelConfig(config.dim, 1, config.n_heads, vocab_size=config.vocab_size,
                       multiple_of=config.multiple_of)
     return measure_matmul_peak(model_products(one, batch*config.max_seq_len), dtype, device(desk).type,
@@ -208,7 +220,8 @@ def formula_gb(c:ModelConfig, who:Contestant, batch:int)->float|None:
 
 def goals(desk, contest:Contest, size:str):
     "What is aimed at, beside what came; nothing is asserted"
-    tokens, mine, them = contest.batch*contest.config.max_seq_len, contest.best('llama_nb'), contest.best('transformers')
+    tokens, mine, them = (contest.batch*contest.config.max_seq_len, contest.best('llama_nb'),
+                          contest.best('transformers'))
     if mine is None: return
     got = mfu(tokens/mine, contest.config, contest.config.max_seq_len, contest.peak)
     desk.row('goals', f'MFU at {size}', goal=GOALS.get(size), got=got.share, counted=str(got))
@@ -231,14 +244,18 @@ def transformers_here(desk)->bool:
     return here
 
 def step(desk):
-    "1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside transformers"
+    """1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside
+    transformers"""
     names, micro = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)), 4
     contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', ONE_B if desk.gpu else MINI, 8)
-    def mine(mode, compiled='', attention=names[-1]): return Contestant('llama_nb', mode, compiled, micro, attention)
+    def mine(mode, compiled='', attention=names[-1]):
+        return Contestant('llama_nb', mode, compiled, micro, attention)
     them = [Contestant('transformers', 'none', '', micro, kind) for kind in flash()]*transformers_here(desk)
     eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'full'))]
-    compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]), mine('none', 'blocks'),
-                *(mine('linear', 'blocks', other) for other in names[:-1]), mine('full', 'blocks'), mine('budget', 'blocks')]
+    compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]),
+                mine('none', 'blocks'),
+                *(mine('linear', 'blocks', other) for other in names[:-1]), mine('full', 'blocks'),
+                mine('budget', 'blocks')]
     if not desk.gpu: desk.skip('compiled contestants', 'minutes of compiling on a CPU')
     enter_all(desk, contest, eager + compiled*desk.gpu, 100)
     contest.turns(10 if desk.gpu else 2)
@@ -252,12 +269,14 @@ def enter_all(desk, contest:Contest, all_of_them:list[Contestant], reserve:float
     if not desk.gpu: n = 1
     for who in all_of_them:
         if desk.gpu and desk.left() < reserve: desk.skip(who.name, 'no time left')
-        else: contest.enter(who, n, n)
+        else:
+            contest.enter(who, n, n)
 
 SPARE = 4e9         # CUDA itself, the loss, one layer's weights in bfloat16, the products' work space
 
 def fitting_layers(memory:float, wanted:int=32, tokens:int=2048)->int:
-    "As many layers of 7B as fit into `memory` bytes: states, weights once more in bfloat16, what transformers keeps of a sequence"
+    """As many layers of 7B as fit into `memory` bytes: states, weights once more in bfloat16, what
+    transformers keeps of a sequence"""
     def need(n):
         c = ModelConfig(4096, n, 32)
         return 18*c.n_params + n*tokens*200_000 + SPARE
@@ -265,22 +284,29 @@ def fitting_layers(memory:float, wanted:int=32, tokens:int=2048)->int:
 
 def step_7B(desk):
     "The widths of 7B with float32 weights and AdamW: all 32 layers where memory allows"
-    if not desk.gpu: desk.skip('7B', 'no GPU'); return
+    if not desk.gpu:
+        desk.skip('7B', 'no GPU')
+        return
     memory = torch.cuda.mem_get_info()[0]
     layers = fitting_layers(memory)
-    if layers < 2: desk.skip('7B', f'{memory/1e9:.0f} GB do not hold two layers of it'); return
+    if layers < 2:
+        desk.skip('7B', f'{memory/1e9:.0f} GB do not hold two layers of it')
+        return
     size = '7B' if layers == 32 else f'{layers} of the 32 layers of 7B'
     contest = Contest(desk, f'16 x 2,048 tokens, {size}', ModelConfig(4096, layers, 32), 16)
     attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
-    them = [Contestant('transformers', *how, 'sdpa') for how in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
-    mine = [Contestant('llama_nb', *how, attention) for how in (('linear', 'blocks', 2), ('linear', 'blocks', 1), ('full', 'blocks', 4))]
+    them = [Contestant('transformers', *how, 'sdpa')
+            for how in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
+    mine = [Contestant('llama_nb', *how, attention)
+            for how in (('linear', 'blocks', 2), ('linear', 'blocks', 1), ('full', 'blocks', 4))]
     enter_all(desk, contest, [mine[0], *them*transformers_here(desk), *mine[1:]], 60, 2)
     contest.turns(5)
     goals(desk, contest, size)
 
 # --- where the time goes --------------------------------------------------------------------------
 
-KINDS = (('optimiser and clipping', ('adam', 'multi_tensor', 'foreach', 'lpnorm')),          # the first that fits counts
+# the first that fits counts
+KINDS = (('optimiser and clipping', ('adam', 'multi_tensor', 'foreach', 'lpnorm')),
          ('attention', ('flash', 'fmha', 'attention', 'cutlassf', 'cutlassb')),
          ('matrix multiplications', ('gemm', 'nvjet', 'cublas', 'xmma', 'wgmma', 'cutlass', 'aten::mm',
                                      'aten::addmm', 'aten::bmm')),
@@ -330,7 +356,8 @@ def shares(desk, who:Contestant, found:Counter, seconds:float):
     desk.row(f'shares, {who.name}', 'all kernels, and their share of the time that the step takes',
              share=total/1e6/seconds, ms_a_step=total/2000)
     for i, (name, us) in enumerate(found.most_common(15), 1):
-        desk.row(f'longest kernels, {who.name}', f'{i}. {name[:110]}', kind=kind_of(name), share=us/total, ms_a_step=us/2000)
+        desk.row(f'longest kernels, {who.name}', f'{i}. {name[:110]}', kind=kind_of(name), share=us/total,
+                 ms_a_step=us/2000)
 
 def loss_share(desk, contest:Contest, who:Contestant):
     "The loss by itself, forward and backward, at the same size: its share of the step"
@@ -340,9 +367,11 @@ def loss_share(desk, contest:Contest, who:Contestant):
                          requires_grad=True)
     targets, took = torch.randint(c.vocab_size, hidden.shape[:2], device=weight.device), []
     for _ in range(4):
-        wait(desk); start = time.perf_counter()
+        wait(desk)
+        start = time.perf_counter()
         chunked_loss_sum(hidden, weight, targets).backward()
-        wait(desk); took.append(time.perf_counter() - start)
+        wait(desk)
+        took.append(time.perf_counter() - start)
     contest.optimizer.zero_grad(set_to_none=True)
     ms = 1000*statistics.median(took[1:])*contest.batch/who.micro
     desk.row(f'shares, {who.name}', 'of that the loss, measured by itself',
@@ -357,4 +386,5 @@ def keep_trace(desk, p, name:str):
     packed = gzip.compress(plain.read_bytes())
     plain.unlink()
     if len(packed) < 700_000: (desk.out/name).write_bytes(packed)
-    else: desk.skip(name, f'{len(packed)/1e6:.1f} MB are too many to keep')
+    else:
+        desk.skip(name, f'{len(packed)/1e6:.1f} MB are too many to keep')

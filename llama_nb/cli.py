@@ -23,7 +23,7 @@ from .parallel.mesh import end_rank, last_words, stop_ranks
 from .toy import toy, toy_config
 from .train.checkpoint import consolidate, latest_checkpoint, load_checkpoint
 from .train.host import prepare_run
-from .train.trainer import Trainer, fit, open_data
+from .train.trainer import fit, open_data, start_run
 
 # %% ../nbs/92_cli.ipynb #toy-command
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Data:
             if (out/name).exists(): raise UserError(f'{out/name} is there already; remove it or choose another folder')
         for name, docs in (('train', train), ('held_out', held_out)):
             shards = write_shards(docs, tokenizer, out/name, self.tokens_per_shard)
-            print(f'{out/name}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, {shards.n_bytes/shards.n_tokens:.2f} bytes a token')
+            print(f'{out/name}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, {shards.n_bytes/shards.n_tokens:.2f} bytes per token')
         return 0
 
 # %% ../nbs/92_cli.ipynb #show-command
@@ -103,7 +103,7 @@ def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`"
     path, settings = ('', args) if not args or args[0].startswith('-') else (args[0], args[1:])
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
-    stopped = fit(prepare_run(Trainer(load_run(path, settings))))
+    stopped = fit(prepare_run(start_run(load_run(path, settings))))
     stop_ranks()
     return 128 + stopped if stopped else 0
 

@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'zlib_bits_per_byte', 'Trigram', 'look_up', 'trigram_bits_
            'write_samples', 'toy', 'summary']
 
 # %% ../nbs/34_toy.ipynb #imports
-import json, math, zlib
+import json, zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data.shards import TokenShards, write_shards
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .infer.generate import generate
 from .train.loss import bits_per_byte
-from .train.trainer import Trainer, evaluate, fit
+from .train.trainer import evaluate, fit, start_run
 
 # %% ../nbs/34_toy.ipynb #zlib
 def zlib_bits_per_byte(docs:Iterable[Document])->float:
@@ -124,11 +124,11 @@ def write_samples(model, tokenizer:Tokenizer, path, n_tokens:int=120, temperatur
 def toy(config:RunConfig, # as from `toy_config`
         progress:bool=True,
         report=print,
-        ready=lambda run: run, # called with the Trainer before it trains, such as `prepare_run`
+        ready=lambda run: run, # called with the `Trainer` before it trains, such as `prepare_run`
        )->dict|None:      # the results, or None if it was stopped
     "Prepare, train, measure, sample: everything once, in one folder"
     tokenizer, zlib_bits = prepare(config.out, config.model.vocab_size, report)
-    run = ready(Trainer(config, report=report))
+    run = ready(start_run(config, report=report))
     report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {config.data.batch_size*config.data.seq_len:,} tokens on {run.device}')
     if fit(run, progress): return None
     nats = evaluate(run.model, run.held_out, config.data.seq_len)[0].item()

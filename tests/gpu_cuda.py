@@ -1,8 +1,9 @@
-"What only a GPU can show of single functions. `make gpu` runs this file; `make test` does not collect it. Skipped where there is no GPU."
+"""What only a GPU can show of single functions. `make gpu` runs this file; `make test` does not collect it.
+Skipped where there is no GPU."""
 from contextlib import contextmanager
 import pytest, torch
 from llama_nb.config import ModelConfig, OptimConfig
-from llama_nb.model.attention import attend, backend_problem
+from llama_nb.model.kernels import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
 from llama_nb.train.loss import chunked_loss_sum, loss_sum
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
@@ -16,15 +17,19 @@ def close(got, right, limit): assert (got.float() - right.float()).norm() < limi
 @contextmanager
 def never_waiting():
     "Whatever makes the host wait for the device raises"
-    torch.cuda.synchronize(); torch.cuda.set_sync_debug_mode('error')
-    try: yield
-    finally: torch.cuda.set_sync_debug_mode('default')
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
 
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('backend', ['sdpa', 'xformers'])
 @pytest.mark.parametrize('k', [32, 64, 128])
 def test_attention_as_the_reference(backend, k, packed):
-    "Values and gradients in bfloat16 (2^-8 a rounding) for the head widths of the toy and of the large models"
+    """Values and gradients in bfloat16 (2^-8 a rounding) for the head widths of the toy and of the large
+    models"""
     if problem := backend_problem(backend, CUDA, torch.bfloat16, k, packed): pytest.skip(problem)
     g = torch.Generator().manual_seed(0)
     q, k_, v, dy = (torch.randn(2, 200, 4, k, generator=g).to(CUDA, torch.bfloat16) for _ in range(4))
@@ -44,7 +49,8 @@ def test_the_loss_without_logits():
     targets = torch.randint(32000, (2, 1024), device=CUDA)
     right = loss_sum(hidden@weight.T, targets)[0]
     gradients = torch.autograd.grad(right, (hidden, weight))
-    torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     got = chunked_loss_sum(hidden, weight, targets)
     mine = torch.autograd.grad(got, (hidden, weight))
     assert torch.cuda.max_memory_allocated() - before < 4*targets.numel()*32000
@@ -54,7 +60,8 @@ def test_the_loss_without_logits():
 def test_adamw_that_is_told_to_do_nothing():
     "`found_inf` on the device: weights, both moments and the count of steps stay; and nobody waits"
     layer = torch.nn.Linear(256, 256, bias=False, device=CUDA)
-    optimizer, no, yes = make_optimizer(layer, OptimConfig()), torch.zeros((), device=CUDA), torch.ones((), device=CUDA)
+    optimizer, no, yes = (make_optimizer(layer, OptimConfig()), torch.zeros((), device=CUDA),
+                          torch.ones((), device=CUDA))
     def step(found):
         layer.weight.grad = torch.ones_like(layer.weight)
         norm = clip_grad_norm(layer.parameters(), 1.)

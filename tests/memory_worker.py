@@ -1,8 +1,9 @@
-"What one rank of many keeps and needs at most, without the others and without memory: a process group that pretends, and tensors without numbers."
+"""What one rank of many keeps and needs at most, without the others and without memory: a process group that
+pretends, and tensors without numbers."""
 import gc, json, sys, weakref
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives                              # collectives of tensors without numbers
+import torch.distributed._tools.fake_collectives  # collectives of tensors without numbers
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -15,8 +16,8 @@ from llama_nb.model import transformer
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import degrees, make_mesh
-from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
-from llama_nb.train.optim import clip_grad_norm, make_optimizer
+from llama_nb.parallel.tensor import apply_tensor_parallel
+from llama_nb.train.optim import make_optimizer
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.state import prepare_optimizer
 from llama_nb.train.trainer import accumulate
@@ -31,9 +32,12 @@ BLOCK = ModelConfig(256, 1, 8, vocab_size=64, multiple_of=32, max_seq_len=64)
 
 class Alive(TorchDispatchMode):
     "The storages of all results that are still there"
-    def __init__(self): super().__init__(); self.seen = {}
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types): return NotImplemented      # it takes the operation apart, and comes back with local ones
+        # it takes the operation apart, and comes back with local ones
+        if any(issubclass(t, DTensor) for t in types): return NotImplemented
         out = operator(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
@@ -48,8 +52,13 @@ class Alive(TorchDispatchMode):
 class Handed:
     "The storages that are handed to autograd"
     def __init__(self): self.seen = {}
-    def pack(self, x): storage = local(x).untyped_storage(); self.seen[storage._cdata] = storage.nbytes(); return x
-    def bytes(self, *others): return sum(size for key, size in self.seen.items() if key not in {local(x).untyped_storage()._cdata for x in others})
+    def pack(self, x):
+        storage = local(x).untyped_storage()
+        self.seen[storage._cdata] = storage.nbytes()
+        return x
+    def bytes(self, *others):
+        return sum(size for key, size in self.seen.items()
+                   if key not in {local(x).untyped_storage()._cdata for x in others})
 
 def block(n, sequence, mode, compiled):
     mesh = make_mesh((1, 1, n), 'cpu')
@@ -58,7 +67,7 @@ def block(n, sequence, mode, compiled):
     apply_recompute(model, mode)
     for layer in model.layers if compiled else (): layer.compile(backend='aot_eager_decomp_partition')
     materialize(model, 0, torch.device('cpu'))
-    return model.to(torch.bfloat16)                                          # as weights are gathered; so none is cast
+    return model.to(torch.bfloat16)  # as weights are gathered; so none is cast
 
 def kept(n, sequence, mode, compiled, b=2, t=64):
     "Bytes that one block keeps of bfloat16 input, its input included"
@@ -69,7 +78,8 @@ def kept(n, sequence, mode, compiled, b=2, t=64):
         with torch.autocast('cpu', torch.bfloat16): return x, layer(x, rotation)
     forward()[1].float().sum().backward()                                    # compiles; works out layouts
     watch = Handed() if compiled else Alive()
-    with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x) if compiled else watch: x, y = forward()
+    with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x) if compiled else watch:
+        x, y = forward()
     return watch.bytes(*model.parameters(), rotation, y)
 
 def kept_cases(n, cases):
@@ -79,9 +89,11 @@ def kept_cases(n, cases):
 # --- the peak of a step -------------------------------------------------------------------------
 
 class Peak(TorchDispatchMode):
-    "Bytes of all storages that live, and the most there ever were; MemTracker's numbers, in time that does not grow with their number"
+    """Bytes of all storages that live, and the most there ever were; MemTracker's numbers, in time that does
+    not grow with their number"""
     def __init__(self, *tensors):
-        super().__init__(); self.live, self.bytes, self.peak = {}, 0, 0
+        super().__init__()
+        self.live, self.bytes, self.peak = {}, 0, 0
         for x in tensors: self.note(local(x).untyped_storage())
 
     def note(self, storage):
@@ -97,27 +109,38 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types): return NotImplemented
-        if operator is torch.ops._c10d_functional.wait_tensor.default: return args[0]      # as it does; its fake makes another
+        # as it does; its fake makes another
+        if operator is torch.ops._c10d_functional.wait_tensor.default: return args[0]
         out = operator(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor): self.note(x.untyped_storage())
         return out
 
     def __enter__(self):
-        self.resize = torch.UntypedStorage.resize_                            # how FSDP forgets gathered weights
-        def resize_(storage, size): self.resize(storage, size); storage._cdata in self.live and self.change(storage._cdata, storage.nbytes())
+        self.resize = torch.UntypedStorage.resize_  # how FSDP forgets gathered weights
+        def resize_(storage, size):
+            self.resize(storage, size)
+            storage._cdata in self.live and self.change(storage._cdata, storage.nbytes())
         torch.UntypedStorage.resize_ = resize_
         return super().__enter__()
 
-    def __exit__(self, *error): torch.UntypedStorage.resize_ = self.resize; return super().__exit__(*error)
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
 
 class Torchs:
     "PyTorch's own tracker, as a judge of ours"
-    def __init__(self, *tensors): self.tracker = MemTracker(); self.tracker.track_external(*tensors)
-    def __enter__(self): self.tracker.__enter__(); return self
+    def __init__(self, *tensors):
+        self.tracker = MemTracker()
+        self.tracker.track_external(*tensors)
+    def __enter__(self):
+        self.tracker.__enter__()
+        return self
     def __exit__(self, *error): self.tracker.__exit__(*error)
     @property
-    def peak(self): return sum(parts['Total'] for device, parts in self.tracker.get_tracker_snapshot('peak').items() if device.type == 'cpu')
+    def peak(self):
+        return sum(parts['Total'] for device, parts in self.tracker.get_tracker_snapshot('peak').items()
+                   if device.type == 'cpu')
 
 def shared_model(run, ranks):
     "The model of a run as rank 0 of so many has it, on the meta device"
@@ -138,21 +161,25 @@ def one_step(run, ranks, tracker=Peak):
     "The most that rank 0 needs in the forward and backward passes of a step, weights and optimiser included"
     model, share = shared_model(run, ranks)
     model.to_empty(device='cpu')
-    optimizer = make_optimizer(model, run.optim); prepare_optimizer(model, optimizer)
+    optimizer = make_optimizer(model, run.optim)
+    prepare_optimizer(model, optimizer)
     x = torch.zeros(share, run.data.seq_len, dtype=torch.int64)
     moments = [v for state in optimizer.state.values() for v in state.values()]
     with tracker(*model.parameters(), *moments, x) as watch:
-        accumulate(model, x, x, run.train.micro_batch_size, getattr(torch, run.train.dtype), None, torch.tensor(1.))
+        accumulate(model, x, x, run.train.micro_batch_size, getattr(torch, run.train.dtype), None,
+                   torch.tensor(1.))
     return watch.peak
 
 def peak(path, ranks, settings=(), tracker=Peak):
     "Of a run at full size: bytes"
     if ranks > 1: pretend(ranks)
-    transformer.check_tokens = lambda *_: None                                # looks at numbers, and there are none
+    transformer.check_tokens = lambda *_: None  # looks at numbers, and there are none
     off = '--train.compile', 'off'
-    one_layer, run = (load_run(path, [*off, *settings, *layers]) for layers in (('--model.n_layers', '1', '--data.batch_size', '2048'), ()))
+    one_layer, run = (load_run(path, [*off, *settings, *layers])
+                      for layers in (('--model.n_layers', '1', '--data.batch_size', '2048'), ()))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        if run.parallel.tensor > 1: one_step(one_layer, ranks)                # layouts are worked out at the first pass, with trial operations
+        # layouts are worked out at the first pass, with trial operations
+        if run.parallel.tensor > 1: one_step(one_layer, ranks)
         return one_step(run, ranks, tracker)
 
 def both(path, ranks, settings): return [peak(path, ranks, settings), again(path, ranks, settings)]

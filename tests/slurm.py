@@ -1,12 +1,16 @@
-"""The committed batch script on a real Slurm of one node, which is started here, in its own folder, and stopped again.
+"""The committed batch script on a real Slurm of one node, which is started here, in its own folder, and
+stopped again.
 
-Not part of `make test`: `make test-slurm` runs it, as root on Debian or Ubuntu, and installs Slurm if it is not there.
+Not part of `make test`: `make test-slurm` runs it, as root on Debian or Ubuntu, and installs Slurm if it is
+not there.
 """
 import json, os, shutil, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
+# task/affinity: a rank sees the cores that srun gives it, and no others. cred_expire is also how long a
+# requeued job waits before it may start again; 120 s if not set
 CONF = '''
 ClusterName=one
 SlurmctldHost=localhost(127.0.0.1)
@@ -35,7 +39,7 @@ KillWait=60
 NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN
 PartitionName=low Nodes=localhost Default=YES PriorityTier=1 PreemptMode=REQUEUE MaxTime=INFINITE
 PartitionName=high Nodes=localhost PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
-'''    # task/affinity: a rank sees the cores that srun gives it, and no others. cred_expire is also how long a requeued job waits before it may start again; 120 s if not set
+'''
 
 CORES = 4        # two ranks of two; Slurm believes it on a machine with two, too
 
@@ -49,21 +53,27 @@ def wait_for(true, what, seconds=120):
 
 def install():
     if all(map(shutil.which, ('slurmctld', 'slurmd', 'munged', 'sbatch'))): return
-    if not shutil.which('apt-get') or os.geteuid(): pytest.exit('test-slurm needs slurm-wlm and munge, or root on Debian or Ubuntu to install them', 2)
-    for command in (['apt-get', 'update'], ['apt-get', 'install', '-y', '--no-install-recommends', 'slurm-wlm', 'munge']):
-        subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL, env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
+    if not shutil.which('apt-get') or os.geteuid():
+        pytest.exit('test-slurm needs slurm-wlm and munge, or root on Debian or Ubuntu to install them', 2)
+    for command in (['apt-get', 'update'],
+                    ['apt-get', 'install', '-y', '--no-install-recommends', 'slurm-wlm', 'munge']):
+        subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL,
+                       env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
 
 class Slurm:
     "A cluster of this machine alone"
     def __init__(self, folder):
         self.folder, self.daemons = folder, []
         with socket.socket() as a, socket.socket() as b:
-            a.bind(('127.0.0.1', 0)); b.bind(('127.0.0.1', 0))
+            a.bind(('127.0.0.1', 0))
+            b.bind(('127.0.0.1', 0))
             ports = dict(port=a.getsockname()[1], slurmd_port=b.getsockname()[1])
         for name in ('state', 'spool'): (folder/name).mkdir()
         (folder/'slurm.conf').write_text(CONF.format(folder=folder, cpus=CORES, **ports))
-        (folder/'cgroup.conf').write_text('CgroupPlugin=cgroup/v1\n')            # slurmd 22.05 wants the file, though nothing uses it
-        (folder/'munge.key').write_bytes(os.urandom(1024)); (folder/'munge.key').chmod(0o400)
+        # slurmd 22.05 wants the file, though nothing uses it
+        (folder/'cgroup.conf').write_text('CgroupPlugin=cgroup/v1\n')
+        (folder/'munge.key').write_bytes(os.urandom(1024))
+        (folder/'munge.key').chmod(0o400)
         self.env = {**ENV, 'SLURM_CONF': str(folder/'slurm.conf')}
 
     def daemon(self, *command):
@@ -72,36 +82,45 @@ class Slurm:
 
     def start(self):
         f = self.folder
-        self.daemon('munged', '--foreground', f'--socket={f}/munge.socket', f'--key-file={f}/munge.key', f'--pid-file={f}/munge.pid', f'--seed-file={f}/munge.seed', f'--log-file={f}/munge.log')
+        self.daemon('munged', '--foreground', f'--socket={f}/munge.socket', f'--key-file={f}/munge.key',
+                    f'--pid-file={f}/munge.pid', f'--seed-file={f}/munge.seed', f'--log-file={f}/munge.log')
         wait_for((f/'munge.socket').exists, 'munged')
         self.daemon('slurmctld', '-D', '-f', f'{f}/slurm.conf')
         self.daemon('slurmd', '-D', '-N', 'localhost', '-f', f'{f}/slurm.conf')
         wait_for(lambda: 'idle' in self.run('sinfo', '-h', '-o', '%T', check=False), 'an idle node')
 
     def run(self, *command, check=True, **env):
-        done = subprocess.run([str(c) for c in command], env={**self.env, **env}, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([str(c) for c in command], env={**self.env, **env}, cwd=self.folder,
+                              capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 or not check, done.stderr
         return done.stdout.strip()
 
-    def job(self, number): return dict(word.partition('=')[::2] for word in self.run('scontrol', 'show', 'job', number).split())
+    def job(self, number):
+        return dict(word.partition('=')[::2] for word in self.run('scontrol', 'show', 'job', number).split())
 
     def stop(self):
         self.run('scancel', '--user=root', check=False)
-        try: wait_for(lambda: not self.run('squeue', '-h', '-o', '%i', check=False), 'the end of all jobs')
+        try:
+            wait_for(lambda: not self.run('squeue', '-h', '-o', '%i', check=False), 'the end of all jobs')
         finally:
             for daemon in reversed(self.daemons):
                 daemon.terminate()
-                try: daemon.wait(20)
-                except subprocess.TimeoutExpired: daemon.kill()
+                try:
+                    daemon.wait(20)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
 
 @pytest.fixture(scope='module')
 def slurm():
     install()
     folder = Path(tempfile.mkdtemp(prefix='slurm-', dir='/tmp'))
-    folder.chmod(0o755)                                                         # munged wants a socket that all can reach
+    folder.chmod(0o755)  # munged wants a socket that all can reach
     cluster = Slurm(folder)
-    try: cluster.start(); yield cluster
-    finally: cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
     shutil.rmtree(folder)
 
 # ------------------------------------------------------------------------------------------------
@@ -110,46 +129,59 @@ RANKS = 2
 
 def rows(folder):
     path = Path(folder)/'metrics.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')] if path.exists() else []
+    return ([json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')]
+            if path.exists() else [])
 
 @pytest.fixture
 def submit(slurm):
     "Submit the committed batch script as it is, with what this one node has on the command line"
     def submit(name, run, ranks=RANKS, cores=1, python=sys.executable):
-        flags = [f'--ntasks-per-node={ranks}', '--nodes=1', f'--cpus-per-task={cores}', '--gres=none', '--time=15', f'--job-name={name}']
-        return slurm.run('sbatch', '--parsable', *flags, ROOT/'configs'/'train.sbatch', run, PYTHON=str(python))
+        flags = [f'--ntasks-per-node={ranks}', '--nodes=1', f'--cpus-per-task={cores}', '--gres=none',
+                 '--time=15', f'--job-name={name}']
+        return slurm.run('sbatch', '--parsable', *flags, ROOT/'configs'/'train.sbatch', run,
+                         PYTHON=str(python))
     yield submit
     if slurm.daemons:
-        for path in slurm.folder.glob('*-*.log'): print(f'--- {path.name}\n{path.read_text()}')      # `make test-slurm` shows it
+        # `make test-slurm` shows it
+        for path in slurm.folder.glob('*-*.log'): print(f'--- {path.name}\n{path.read_text()}')
 
 @pytest.mark.timeout(300)
 def test_a_rank_sees_its_own_cores(slurm, submit):
-    "The committed script with two cores a rank; instead of Python, a program that says which cores it may use"
+    """The committed script with two cores a rank; instead of Python, a program that says which cores it may
+    use"""
     ranks, program = 2, slurm.folder/'cores'
-    program.write_text(f'#!{sys.executable}\nimport os\nprint(*sorted(os.sched_getaffinity(0)))\n'); program.chmod(0o755)
+    program.write_text(f'#!{sys.executable}\nimport os\nprint(*sorted(os.sched_getaffinity(0)))\n')
+    program.chmod(0o755)
     job = submit('cores', 'run.toml', ranks=ranks, cores=2, python=program)
     wait_for(lambda: slurm.job(job)['JobState'] == 'COMPLETED', 'the job')
     seen = [(slurm.folder/'logs'/f'cores-{job}'/f'{rank}.log').read_text().split() for rank in range(ranks)]
-    assert all(seen) and not set(seen[0]) & set(seen[1]), seen                  # without --cpus-per-task, srun binds nobody, and both see all
+    # without --cpus-per-task, srun binds nobody, and both see all
+    assert all(seen) and not set(seen[0]) & set(seen[1]), seen
     if os.cpu_count() >= CORES: assert [len(cores) for cores in seen] == [2, 2], seen
 
 @pytest.mark.timeout(300)
 def test_storage_that_fails_is_tried_again_a_bounded_number_of_times(slurm, submit):
-    "Rank 1 leaves with 75 and rank 0, which waits for it, is killed: what srun says of all is a kill, what the script does is to try again, twice"
+    """Rank 1 leaves with 75 and rank 0, which waits for it, is killed: what srun says of all is a kill, what
+    the script does is to try again, twice"""
     program = slurm.folder/'storage'
-    program.write_text('#!/bin/bash\n[ "$RANK" = 1 ] && exit 75\nexec sleep 600\n'); program.chmod(0o755)
-    quick = slurm.folder/'quick.sbatch'                                          # the committed script, but for the minute that the others have
+    program.write_text('#!/bin/bash\n[ "$RANK" = 1 ] && exit 75\nexec sleep 600\n')
+    program.chmod(0o755)
+    quick = slurm.folder/'quick.sbatch'  # the committed script, but for the minute that the others have
     quick.write_text((ROOT/'configs'/'train.sbatch').read_text().replace('--wait=60', '--wait=3'))
-    job = slurm.run('sbatch', '--parsable', f'--ntasks-per-node={RANKS}', '--nodes=1', '--cpus-per-task=1', '--gres=none', '--time=15', '--job-name=storage', quick, 'run.toml',
+    job = slurm.run('sbatch', '--parsable', f'--ntasks-per-node={RANKS}', '--nodes=1', '--cpus-per-task=1',
+                    '--gres=none', '--time=15', '--job-name=storage', quick, 'run.toml',
                     PYTHON=str(program), STORAGE_TRIES='3')
     wait_for(lambda: slurm.job(job)['JobState'] == 'FAILED', 'the last attempt', 240)
     said = (slurm.folder/f'storage-{job}.log').read_text()
-    assert slurm.job(job)['Restarts'] == '2' and 'failed, 1 of 3' in said and 'failed, 2 of 3' in said and said.count('too often in a row') == 1, said
+    assert (slurm.job(job)['Restarts'] == '2' and 'failed, 1 of 3' in said and 'failed, 2 of 3' in said
+            and said.count('too often in a row') == 1), said
 
 @pytest.mark.timeout(1200)
-def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(slurm, submit, run_file, tmp_path):
+def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(
+    slurm, submit, run_file, tmp_path):
     whole, path = run_file(300, save_every=50, name='whole'), run_file(300, save_every=50, name='run')
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={RANKS}', '-m', 'llama_nb', 'train', whole]
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={RANKS}',
+                '-m', 'llama_nb', 'train', whole]
     done = subprocess.run([str(c) for c in launcher], env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
@@ -158,23 +190,27 @@ def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(slur
     restarts = lambda: int(slurm.job(job)['Restarts'])
     wait_for(lambda: len(rows(out)) > 30, 'the first steps')
 
-    urgent = slurm.run('sbatch', '--parsable', '--partition=high', '--exclusive', '--output=/dev/null', '--wrap=sleep 1')
+    urgent = slurm.run('sbatch', '--parsable', '--partition=high', '--exclusive', '--output=/dev/null',
+                       '--wrap=sleep 1')
     wait_for(lambda: slurm.job(urgent)['JobState'] == 'COMPLETED', 'the job that preempts')
     assert restarts() == 1 and 'DUE TO PREEMPTION' in (slurm.folder/f'run-{job}.log').read_text()
     before = len(rows(out))
     assert 30 < before < 300
     wait_for(lambda: len(rows(out)) > before + 30, 'the second attempt')
 
-    slurm.run('scancel', '--signal=USR1', job)                                  # what --signal=USR1@600 sends, without waiting for it
+    slurm.run('scancel', '--signal=USR1', job)  # what --signal=USR1@600 sends, without waiting for it
     wait_for(lambda: restarts() == 2, 'the third attempt')
     assert len(rows(out)) < 300
     wait_for(lambda: state() == 'COMPLETED', 'the end', 300)
 
     said = (slurm.folder/f'run-{job}.log').read_text()
-    assert [f'attempt {i}: {RANKS} ranks' in said for i in range(4)] == [True, True, True, False] and 'saved before the time limit; again' in said and 'attempt 2: finished' in said
-    assert sorted(p.name for p in (slurm.folder/'logs'/f'run-{job}').glob('*.log')) == [f'{i}.log' for i in range(RANKS)]
+    assert ([f'attempt {i}: {RANKS} ranks' in said for i in range(4)] == [True, True, True, False]
+            and 'saved before the time limit; again' in said and 'attempt 2: finished' in said)
+    logs = (slurm.folder/'logs'/f'run-{job}').glob('*.log')
+    assert sorted(p.name for p in logs) == [f'{i}.log' for i in range(RANKS)]
     own = (slurm.folder/'logs'/f'run-{job}'/'0.log').read_text()
-    assert own.count('stopped after step') == 2 == own.count('continuing')      # it saved at both signals, and was not only killed
+    # it saved at both signals, and was not only killed
+    assert own.count('stopped after step') == 2 == own.count('continuing')
     same = lambda folder: [(r['step'], r['loss'], r['grad_norm'], r['lr'], r['tokens']) for r in rows(folder)]
     assert [r['step'] for r in rows(out)] == list(range(1, 301))
-    assert same(out) == same(tmp_path/'whole')                                  # bit for bit: the layout is the same
+    assert same(out) == same(tmp_path/'whole')  # bit for bit: the layout is the same

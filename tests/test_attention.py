@@ -7,19 +7,21 @@ import contextlib, platform, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from llama_nb.config import ModelConfig, load_run
 from llama_nb.core import UserError
 from llama_nb.data.loader import batch_borders
-from llama_nb.model import attention
-from llama_nb.model.attention import attend, backend_problem, backend_report, document_numbers, pick_backend
+from llama_nb.model import kernels
+from llama_nb.model.kernels import attend, backend_problem, backend_report, document_numbers, pick_backend
 from llama_nb.model.transformer import LLaMA, document_positions, init_weights
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh, run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
 from llama_nb.train.recompute import apply_recompute, recompute_selective
-from llama_nb.train.trainer import Trainer, accumulate, train_step
+from llama_nb.train.trainer import accumulate, start_run, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_WHEEL = sys.platform == 'linux' and platform.machine() == 'x86_64'      # there xformers is a requirement
@@ -85,6 +87,20 @@ def test_borders_and_tokens():
             assert torch.equal(document_numbers(borders, 2, 64).flatten(), part.flatten().long().cumsum(0) - 1)
         q, k, v = torch.randn(3, 2, 64, 2, 8)
         for got, right in zip(outcome('sdpa', q, k, v, borders), outcome('reference', q, k, v, borders)): assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+def test_the_reference_has_the_digits_of_its_type():
+    "In float64 as PyTorch's explicit formula, plain and by documents; its derivative as finite differences. A softmax in float32 is off by 1e-7"
+    q, k, v = torch.randn(3, 2, 12, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    def explicit(*rows): # one document: (b, t, h, k) each
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in rows), is_causal=True).transpose(1, 2)
+    assert_close(kernels.attend_reference(q, k, v), explicit(q, k, v), rtol=0, atol=1e-13)
+    borders = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
+    packed = kernels.attend_reference(q, k, v, borders=borders)
+    for a, b in ((0, 5), (5, 12)):
+        assert_close(packed[:1, a:b], explicit(q[:1, a:b], k[:1, a:b], v[:1, a:b]), rtol=0, atol=1e-13)
+    leaves = [x[:1, :5, :1, :2].clone().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(kernels.attend_reference, leaves)
 
 # what is kept, what is repeated
 
@@ -169,7 +185,7 @@ def test_a_compiled_run_is_compiled(run_file, documents, fresh):
     "Through the trainer: every block is one graph, and a block that breaks in two would be an error"
     told, settings = [], ('--data.documents', documents, '--train.recompute', 'linear', '--train.compile', 'blocks')
     with compiled_by('aot_eager', told):
-        run = Trainer(load_run(run_file(10), settings), report=lambda line: None)
+        run = start_run(load_run(run_file(10), settings), report=lambda line: None)
         for _ in range(2): train_step(run)
     run.batches = None
     assert counters['stats']['unique_graphs'] >= 1 and not counters['graph_break'], (dict(counters['stats']), dict(counters['graph_break']))
@@ -228,11 +244,13 @@ def test_auto_takes_what_it_has_seen_work(on_cpu):
 @pytest.mark.parametrize('how', ['wrong', 'raises'])
 def test_a_backend_that_fails_its_trial(on_cpu, monkeypatch, how):
     "One that imports and then cannot run, and one that runs and is wrong in documents alone"
-    right = attention._attend_xformers
-    def broken(q, k, v, borders):
+    right = kernels.attend_xformers
+    def broken(q, k, v, visible, borders):
         if how == 'raises': raise RuntimeError('CUDA error: no kernel image is available\nfor execution on the device')
-        return right(q, k, v, borders if borders is None else torch.cat((borders[:1], borders[2:])))          # the first border is lost
-    monkeypatch.setattr(attention, '_attend_xformers', broken); monkeypatch.setattr(attention, '_PROBLEMS', {})
+        if borders is not None: borders = torch.cat((borders[:1], borders[2:]))           # the first border is lost
+        return right(q, k, v, visible, borders)
+    monkeypatch.setitem(kernels.BACKENDS, 'xformers', broken)
+    monkeypatch.setattr(kernels, 'TRIALS', {})
     cpu = torch.device('cpu')
     assert pick_backend('auto', cpu, BF16, 16, True) == 'sdpa'
     problem = backend_problem('xformers', cpu, BF16, 16, True)
@@ -244,22 +262,22 @@ def test_nobody_sees_the_trial(monkeypatch):
     "Neither modes, nor autocast, nor inference mode, nor the random numbers of the caller"
     from torch._subclasses import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
-    monkeypatch.setattr(attention, '_PROBLEMS', {})
+    monkeypatch.setattr(kernels, 'TRIALS', {})
     cpu, state = torch.device('cpu'), torch.get_rng_state()
     with FakeTensorMode(), FlopCounterMode(display=False) as count, torch.inference_mode(), torch.autocast('cpu', BF16), torch.device('meta'):
         assert backend_problem('sdpa', cpu, torch.float32, 16, True) == ''
     assert count.get_total_flops() == 0 and torch.equal(state, torch.get_rng_state())
-    assert len(attention._PROBLEMS) == 1
+    assert len(kernels.TRIALS) == 1
 
 def test_runtime_of_cuda_12(monkeypatch, tmp_path):
     "Beside a torch for CUDA 13 it is loaded if it is installed; beside others it is not looked for"
     from types import SimpleNamespace
     library, loaded = tmp_path/'cuda_runtime/lib/libcudart.so.12', []
     library.parent.mkdir(parents=True); library.touch()
-    monkeypatch.setattr(attention, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path/'other'), str(tmp_path)]))
-    monkeypatch.setattr(attention.ctypes, 'CDLL', loaded.append)
+    monkeypatch.setattr(kernels, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path/'other'), str(tmp_path)]))
+    monkeypatch.setattr(kernels.ctypes, 'CDLL', loaded.append)
     for cuda, wanted in ((None, []), ('12.8', []), ('13.0', [str(library)])):
-        monkeypatch.setattr(torch.version, 'cuda', cuda); attention._load_cuda_12()
+        monkeypatch.setattr(torch.version, 'cuda', cuda); kernels.load_cuda_12_runtime()
         assert loaded == wanted
 
 def test_xformers_is_a_requirement_on_linux(tmp_path):

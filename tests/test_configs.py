@@ -10,13 +10,16 @@ from conftest import ENV
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
 
-@pytest.mark.parametrize('name, lr, tokens', [('7B', 3e-4, 1.0e12), ('13B', 3e-4, 1.0e12), ('33B', 1.5e-4, 1.4e12), ('65B', 1.5e-4, 1.4e12)])
+@pytest.mark.parametrize('name, lr, tokens',
+                         [('7B', 3e-4, 1.0e12), ('13B', 3e-4, 1.0e12), ('33B', 1.5e-4, 1.4e12),
+                          ('65B', 1.5e-4, 1.4e12)])
 def test_table_2(name, lr, tokens):
     run = load_run(CONFIGS/f'{name}.toml')
     assert run.model == PRESETS[name] and run.optim.lr == lr
     batch = run.data.batch_size*run.data.seq_len
     assert batch == 4_194_304 and abs(run.train.steps*batch/tokens - 1) < 1e-5
-    assert (run.optim.beta1, run.optim.beta2, run.optim.weight_decay, run.optim.max_grad_norm, run.optim.warmup_steps, run.optim.min_lr_ratio) == (.9, .95, .1, 1., 2000, .1)
+    assert (run.optim.beta1, run.optim.beta2, run.optim.weight_decay, run.optim.max_grad_norm,
+            run.optim.warmup_steps, run.optim.min_lr_ratio) == (.9, .95, .1, 1., 2000, .1)
 
 def test_toy_file_is_the_toy():
     assert load_run(CONFIGS/'toy.toml') == toy_config('runs/toy')
@@ -44,7 +47,7 @@ def test_the_front_page_says_what_the_formula_gives():
 def test_the_batch_is_shared_without_rest_and_the_estimate_fits(name):
     run, (r, s, t) = layout(name)
     assert run.data.batch_size == r*s*run.train.micro_batch_size and run.data.seq_len % t == 0
-    assert run.train.recompute == 'linear' and run.train.dtype == 'bfloat16'         # what the estimate supposes
+    assert run.train.recompute == 'linear' and run.train.dtype == 'bfloat16'  # what the estimate supposes
     said = re.search(r'#   ([\d.]+ GB = .*)', (CONFIGS/f'{name}.toml').read_text())
     assert said.group(1) == memory_line(run, WORLD[name])
     assert sum(memory_per_rank(run, WORLD[name]).values()) < .9*A100
@@ -66,30 +69,41 @@ with torch.device('meta'): model = LLaMA(run.model)
 apply_tensor_parallel(model, mesh['tensor'], run.parallel.sequence)
 apply_data_parallel(model, mesh, torch.bfloat16)
 local = {n: list(p.to_local().shape) for n, p in model.named_parameters()}
-print(json.dumps({'place': mesh.get_coordinate(), 'part': data_rank(mesh), 'whole': sum(p.numel() for p in model.parameters()),
-                  'numbers': sum(p.to_local().numel() for p in model.parameters()), 'types': sorted({str(p.dtype) for p in model.parameters()}),
-                  'groups': {n: dist.get_process_group_ranks(mesh[n].get_group()) for n in mesh.mesh_dim_names},
-                  'local': {n: s for n, s in local.items() if not n.startswith('layers.') or n.startswith('layers.0.')}}))
+parameters = list(model.parameters())
+print(json.dumps({
+    'place': mesh.get_coordinate(), 'part': data_rank(mesh), 'whole': sum(p.numel() for p in parameters),
+    'numbers': sum(p.to_local().numel() for p in parameters),
+    'types': sorted({str(p.dtype) for p in parameters}),
+    'groups': {n: dist.get_process_group_ranks(mesh[n].get_group()) for n in mesh.mesh_dim_names},
+    'local': {n: s for n, s in local.items() if not n.startswith('layers.') or n.startswith('layers.0.')}}))
 """
 
 @pytest.mark.parametrize('name, rank', [('7B', 0), ('13B', 1023), ('33B', 1234), ('65B', 0), ('65B', 1234)])
 def test_a_rank_of_the_full_world_holds_what_the_closed_form_says(name, rank):
-    "The real model is shared by the real code among all ranks, of which only this one exists; on the meta device, so no number has memory"
+    """The real model is shared by the real code among all ranks, of which only this one exists; on the meta
+    device, so no number has memory"""
     run, (r, s, t) = layout(name)
-    done = subprocess.run([sys.executable, '-c', BUILD, CONFIGS/f'{name}.toml', str(rank), str(WORLD[name])], env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', BUILD, CONFIGS/f'{name}.toml', str(rank), str(WORLD[name])],
+                          env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     got, c = json.loads(done.stdout), run.model
     d, f, v = c.dim, c.ffn_dim, c.vocab_size
     assert got['whole'] == c.n_params and got['types'] == ['torch.float32']
     place = [rank//(s*t), rank//t%s, rank%t]
     assert got['place'] == place and got['part'] == [rank//t, r*s]
-    assert got['groups']['tensor'] == list(range(rank - rank%t, rank - rank%t + t))      # neighbours, in one machine of 8
+    # neighbours, in one machine of 8
+    assert got['groups']['tensor'] == list(range(rank - rank%t, rank - rank%t + t))
     assert got['groups']['shard'] == [place[0]*s*t + i*t + place[2] for i in range(s)]
-    columns, rows = [d//t//s, d], [d//s, d//t]                                           # torch keeps (out, in)
+    columns, rows = [d//t//s, d], [d//s, d//t]  # torch keeps (out, in)
     expected = {'tok_embeddings.weight': [v//t//s, d], 'norm.weight': [d//s], 'output.weight': [v//t//s, d],
-                'layers.0.attention_norm.weight': [d//s], 'layers.0.ffn_norm.weight': [d//s], **{f'layers.0.attention.w{x}.weight': columns for x in 'qkv'}, 'layers.0.attention.wo.weight': rows,
-                'layers.0.feed_forward.w1.weight': [f//t//s, d], 'layers.0.feed_forward.w3.weight': [f//t//s, d], 'layers.0.feed_forward.w2.weight': [d//s, f//t]}
+                'layers.0.attention_norm.weight': [d//s], 'layers.0.ffn_norm.weight': [d//s],
+                **{f'layers.0.attention.w{x}.weight': columns for x in 'qkv'},
+                'layers.0.attention.wo.weight': rows,
+                'layers.0.feed_forward.w1.weight': [f//t//s, d],
+                'layers.0.feed_forward.w3.weight': [f//t//s, d],
+                'layers.0.feed_forward.w2.weight': [d//s, f//t]}
     assert got['local'] == expected
     gains = (2*c.n_layers + 1)*d
-    assert got['numbers'] == (c.n_params - gains)//(s*t) + gains//s                      # the gains are not cut by tensor
-    assert abs(4*got['numbers']/memory_per_rank(run, WORLD[name])['weights'] - 1) < .002 # the estimate cuts them: 1 in 1,000 of what 65B keeps
+    assert got['numbers'] == (c.n_params - gains)//(s*t) + gains//s  # the gains are not cut by tensor
+    # the estimate cuts them: 1 in 1,000 of what 65B keeps
+    assert abs(4*got['numbers']/memory_per_rank(run, WORLD[name])['weights'] - 1) < .002

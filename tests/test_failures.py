@@ -1,5 +1,6 @@
-"Failures that speak: the traceback before the end, exit codes that say who can mend it, time limits, numbers that are none."
-import errno, math, os, subprocess, sys
+"""Failures that speak: the traceback before the end, exit codes that say who can mend it, time limits,
+numbers that are none."""
+import errno, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,7 +12,7 @@ from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh
-from llama_nb.parallel.agree import everywhere, on_rank_zero
+from llama_nb.parallel.agree import on_all_ranks, on_rank_zero
 from llama_nb.parallel.mesh import host_group, make_mesh, rank_and_size, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
 from llama_nb.train.guards import collective_seconds
@@ -27,13 +28,16 @@ from llama_nb.core import UserError
 from llama_nb.train import trainer
 folder, how = Path(sys.argv[2]), sys.argv[3]
 (folder/f'pid-{os.environ["RANK"]}').write_text(str(os.getpid()))
-def goodbye(*args): print('GOODBYE', flush=True); time.sleep(600)   # NCCL waits here for the other rank, which waits for this one
+def goodbye(*args):
+    print('GOODBYE', flush=True)
+    time.sleep(600)                          # NCCL waits here for the other rank, which waits for this one
 dist.destroy_process_group = goodbye
 step = trainer.train_step
 def failing(run):
     if run.step == 3 and how == 'shared': raise UserError('a mistake of all')
     if run.step == 3 and run.rank == 1 and how == 'bug': raise KeyError('a bug of rank 1')
-    if run.step == 3 and run.rank == 1 and how == 'storage': raise OSError(errno.ESTALE, 'Stale file handle', 'tokens')
+    if run.step == 3 and run.rank == 1 and how == 'storage':
+        raise OSError(errno.ESTALE, 'Stale file handle', 'tokens')
     return step(run)
 trainer.train_step = failing
 sys.argv[1:] = ['train', sys.argv[1]]
@@ -41,20 +45,26 @@ cli.program()
 '''
 
 def is_alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
     return Path(f'/proc/{pid}/stat').read_text().split(') ')[1][0] != 'Z' if Path('/proc').exists() else True
 
 def torchrun(tmp_path, run_file, how):
     "Two ranks under torchrun; what both said, after all processes have ended"
     (tmp_path/'driver.py').write_text(DRIVER)
     meet = ['--rdzv-backend=c10d', f'--rdzv-endpoint={tmp_path}/launcher', '--rdzv-conf=store_type=file']
-    command = [sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node=2', tmp_path/'driver.py', run_file(20), tmp_path, how]
-    env = {**ENV, 'INIT_METHOD': f'file://{tmp_path}/ranks', 'GLOO_SOCKET_IFNAME': 'lo', 'PYTHONUNBUFFERED': '1'}
-    done = subprocess.run([str(c) for c in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150)
+    command = [sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node=2',
+               tmp_path/'driver.py', run_file(20), tmp_path, how]
+    env = {**ENV, 'INIT_METHOD': f'file://{tmp_path}/ranks', 'GLOO_SOCKET_IFNAME': 'lo',
+           'PYTHONUNBUFFERED': '1'}
+    done = subprocess.run([str(c) for c in command], env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=150)
     pids = [int((tmp_path/f'pid-{rank}').read_text()) for rank in range(2)]
     assert done.returncode != 0 and not any(map(is_alive, pids)), done.stdout
-    assert [m['step'] for m in metrics(tmp_path/'run')] == [1, 2, 3], done.stdout          # what was done is written down
+    # what was done is written down
+    assert [m['step'] for m in metrics(tmp_path/'run')] == [1, 2, 3], done.stdout
     assert 'GOODBYE' not in done.stdout, done.stdout
     return done.stdout
 
@@ -64,37 +74,49 @@ def test_the_traceback_of_a_rank_comes_first_and_then_its_end(tmp_path, run_file
 
 def test_storage_that_fails_one_rank_is_one_line(tmp_path, run_file):
     said = torchrun(tmp_path, run_file, 'storage')
-    assert 'llama-nb: rank 1: error: Stale file handle: tokens (this may pass' in said and 'exitcode  : 75' in said, said
+    assert ('llama-nb: rank 1: error: Stale file handle: tokens (this may pass' in said
+            and 'exitcode  : 75' in said), said
 
 def test_a_mistake_of_all_ranks_is_a_line_of_each(tmp_path, run_file):
     said = torchrun(tmp_path, run_file, 'shared')
-    assert 'llama-nb: error: a mistake of all\n' in said and 'llama-nb: rank 1: error: a mistake of all\n' in said, said
+    assert ('llama-nb: error: a mistake of all\n' in said
+            and 'llama-nb: rank 1: error: a mistake of all\n' in said), said
     assert 'train_step' not in said and 'failed:\nTraceback' not in said and 'exitcode  : 2' in said, said
 
 # --- exit codes: who can mend it ----------------------------------------------------------------
 
-@pytest.mark.parametrize('error, code', [(FileNotFoundError(errno.ENOENT, 'No such file', 'x'), 2), (PermissionError(errno.EACCES, 'Permission denied', 'x'), 2), (UserError('a typo'), 2),
-                                         (OSError(errno.EIO, 'Input/output error', 'x'), 75), (OSError(errno.ESTALE, 'Stale file handle'), 75), (OSError(errno.ENOSPC, 'No space left'), 75),
-                                         (TemporaryError('rank 3: [Errno 5] Input/output error'), 75)])
+@pytest.mark.parametrize('error, code',
+                         [(FileNotFoundError(errno.ENOENT, 'No such file', 'x'), 2),
+                          (PermissionError(errno.EACCES, 'Permission denied', 'x'), 2),
+                          (UserError('a typo'), 2),
+                          (OSError(errno.EIO, 'Input/output error', 'x'), 75),
+                          (OSError(errno.ESTALE, 'Stale file handle'), 75),
+                          (OSError(errno.ENOSPC, 'No space left'), 75),
+                          (TemporaryError('rank 3: [Errno 5] Input/output error'), 75)])
 def test_exit_code(error, code, capsys):
     with mock.patch.object(cli, 'dispatch', side_effect=error): assert cli.main(['train']) == code
     said = capsys.readouterr().err
-    assert said.startswith('llama-nb: error: ') and said.count('\n') == 1 and ('may pass' in said) == (code == 75)
+    assert (said.startswith('llama-nb: error: ') and said.count('\n') == 1
+            and ('may pass' in said) == (code == 75))
 
 def test_a_failed_save_may_pass_unless_a_right_is_missing(tmp_path):
     tensors = {'model': {'w': torch.ones(3)}}
     for number, kind in ((errno.EIO, True), (errno.EACCES, False)):
-        with mock.patch.object(checkpoint, 'publish_folder', side_effect=OSError(number, os.strerror(number))), pytest.raises(checkpoint.CheckpointError, match='could not save') as caught:
+        with (mock.patch.object(checkpoint, 'publish_folder',
+                                side_effect=OSError(number, os.strerror(number))),
+              pytest.raises(checkpoint.CheckpointError, match='could not save') as caught):
             checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
         assert isinstance(caught.value, TemporaryError) == kind
 
-# --- two real ranks: time limits of all groups, errors told, nobody leaves before the old checkpoint is gone ---
+# --- two real ranks: time limits, errors told, nobody leaves before the old checkpoint is gone ---
 
 def _limit(group): return group._get_backend(torch.device('cpu')).options._timeout.total_seconds()
 
 def _kind(call):
-    try: return call()
-    except UserError as e: return type(e).__name__
+    try:
+        return call()
+    except UserError as e:
+        return type(e).__name__
 
 def _two(run_path:str, folder:str)->dict:
     "What one of two ranks sees"
@@ -106,16 +128,24 @@ def _two(run_path:str, folder:str)->dict:
     def fail_first(error):
         def action(): raise error
         return action
-    stale, missing = OSError(errno.ESTALE, 'Stale file handle'), FileNotFoundError(errno.ENOENT, 'No such file')
-    found['told'] = [_kind(lambda: everywhere(fail(stale))), _kind(lambda: everywhere(fail(missing))), _kind(lambda: on_rank_zero(fail_first(stale))), _kind(lambda: on_rank_zero(fail_first(missing)))]
+    stale, missing = (OSError(errno.ESTALE, 'Stale file handle'),
+                      FileNotFoundError(errno.ENOENT, 'No such file'))
+    found['told'] = [_kind(lambda: on_all_ranks(fail(stale))), _kind(lambda: on_all_ranks(fail(missing))),
+                     _kind(lambda: on_rank_zero(fail_first(stale))),
+                     _kind(lambda: on_rank_zero(fail_first(missing)))]
     discard = checkpoint._discard
-    def slowly(path): import time; time.sleep(1); discard(path)
+    def slowly(path):
+        import time
+        time.sleep(1)
+        discard(path)
     checkpoint._discard = slowly
     saver = checkpoint.Saver(folder, keep=1, timeout=77.)
-    for step in (1, 2): saver.save(step, {'model': {'w': torch.ones(3)}}, {}); saver.wait()
-    found['left'] = sorted(p.name for p in Path(folder).iterdir())                # at once after `wait`, on each rank
+    for step in (1, 2):
+        saver.save(step, {'model': {'w': torch.ones(3)}}, {})
+        saver.wait()
+    found['left'] = sorted(p.name for p in Path(folder).iterdir())  # at once after `wait`, on each rank
     checkpoint._discard = discard
-    run = trainer.Trainer(load_run(run_path), report=lambda line: None)
+    run = trainer.start_run(load_run(run_path), report=lambda line: None)
     groups = [run.saver.group, *(run.mesh.get_group(name) for name in run.mesh.mesh_dim_names)]
     found['limits'] = [_limit(group) for group in groups]
     return found
@@ -124,9 +154,11 @@ def _two(run_path:str, folder:str)->dict:
 def two(tmp_path_factory, tokens):
     from conftest import RUN
     folder = tmp_path_factory.mktemp('two')
-    (folder/'run.toml').write_text(RUN.format(out=(folder/'run').as_posix(), tokens=tokens.as_posix(), steps=4, save_every=2) + '[parallel]\nshard = 2\n')
+    (folder/'run.toml').write_text(RUN.format(out=(folder/'run').as_posix(), tokens=tokens.as_posix(),
+                                              steps=4, save_every=2) + '[parallel]\nshard = 2\n')
     (folder/'saves').mkdir()
-    return run_ranks('test_failures:_two', 2, {'run_path': str(folder/'run.toml'), 'folder': str(folder/'saves')}, timeout=200)
+    return run_ranks('test_failures:_two', 2,
+                     {'run_path': str(folder/'run.toml'), 'folder': str(folder/'saves')}, timeout=200)
 
 def test_all_ranks_hear_whether_an_error_may_pass(two):
     for found in two: assert found['told'] == ['TemporaryError', 'UserError', 'TemporaryError', 'UserError']
@@ -152,8 +184,11 @@ def test_a_single_process_takes_the_gpu_it_is_told(monkeypatch):
 def test_a_mark_stands_in_the_queue_of_its_own_gpu(monkeypatch):
     asked, device = [], torch.device('cuda:1')
     there = SimpleNamespace(is_cuda=True, device=device, shape=(2,))
-    stub = SimpleNamespace(stack=lambda values: there, empty=lambda *shape, pin_memory: SimpleNamespace(copy_=lambda source, non_blocking: 'on the way'),
-                           cuda=SimpleNamespace(current_stream=lambda device=None: asked.append(device) or SimpleNamespace(record_event=lambda: 'mark')))
+    stub = SimpleNamespace(stack=lambda values: there,
+                           empty=lambda *shape, pin_memory: SimpleNamespace(
+                               copy_=lambda source, non_blocking: 'on the way'),
+                           cuda=SimpleNamespace(current_stream=lambda device=None: asked.append(device)
+                                                or SimpleNamespace(record_event=lambda: 'mark')))
     monkeypatch.setattr(trainer, 'torch', stub)
     travelling = trainer.StepInFlight([torch.ones(1)])
     assert (travelling.values, travelling.mark, asked) == ('on the way', 'mark', [device])
@@ -163,10 +198,12 @@ def test_a_save_waits_for_the_gpu_that_its_tensors_are_on(monkeypatch, tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device=None: waited.append(device))
     there = {n: SimpleNamespace(is_cuda=True, device=torch.device('cuda:1')) for n in 'ab'}
-    monkeypatch.setattr(checkpoint, 'plan_sharded', lambda tensors, group: checkpoint.Plan({}, {}, {}, there, {}))
+    monkeypatch.setattr(checkpoint, 'plan_sharded',
+                        lambda tensors, group: checkpoint.Plan({}, {}, {}, there, {}))
     monkeypatch.setattr(saver.host, 'copy', lambda tensors: tensors)
     monkeypatch.setattr(saver, '_work', lambda *args: None)
-    saver.save(1, {}, {}); saver.wait()
+    saver.save(1, {}, {})
+    saver.wait()
     assert waited == [torch.device('cuda:1')]
 
 def test_one_gloo_group_beside_nccl_and_none_in_the_mesh(monkeypatch):
@@ -179,8 +216,10 @@ def test_one_gloo_group_beside_nccl_and_none_in_the_mesh(monkeypatch):
     make_mesh((1, 2, 1), 'cuda')
     assert meshes[-1]['backend_override'] == {'replicate': 'nccl', 'shard': 'nccl', 'tensor': 'nccl'}
     monkeypatch.setattr(dist, 'get_backend_config', lambda: 'cpu:gloo,cuda:gloo')
-    host_group(60.); make_mesh((1, 2, 1), 'cpu')
-    assert made[0]['backend'] == 'gloo' and made[0]['timeout'].total_seconds() == 60 and 'backend_override' not in meshes[-1]
+    host_group(60.)
+    make_mesh((1, 2, 1), 'cpu')
+    assert (made[0]['backend'] == 'gloo' and made[0]['timeout'].total_seconds() == 60
+            and 'backend_override' not in meshes[-1])
 
 def test_torch_knows_what_the_mesh_is_asked():
     import inspect
@@ -192,11 +231,15 @@ def test_torch_knows_what_the_mesh_is_asked():
 def test_the_batch_script_hands_over_cores_connections_and_a_port(tmp_path):
     "An `srun` that says how it was called and what it was given"
     import resource
-    (tmp_path/'srun').write_text('#!/bin/bash\nprintf "%s\\n" "$@" "limit $(ulimit -n)" "lazy $TORCH_GLOO_LAZY_INIT" "port $MASTER_PORT" > called\n')
+    (tmp_path/'srun').write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@" "limit $(ulimit -n)" "lazy $TORCH_GLOO_LAZY_INIT" "port '
+        '$MASTER_PORT" > called\n')
     (tmp_path/'scontrol').write_text('#!/bin/bash\necho first-machine\n')
     for name in ('srun', 'scontrol'): (tmp_path/name).chmod(0o755)
-    slurm = dict(SLURM_JOB_NAME='llama', SLURM_JOB_ID='19999', SLURM_JOB_NODELIST='node[1-2]', SLURM_NTASKS='16', SLURM_CPUS_PER_TASK='8', PATH=f'{tmp_path}:{os.environ["PATH"]}')
-    done = subprocess.run(['bash', str(ROOT/'configs'/'train.sbatch'), 'run.toml'], env={**ENV, **slurm}, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    slurm = dict(SLURM_JOB_NAME='llama', SLURM_JOB_ID='19999', SLURM_JOB_NODELIST='node[1-2]',
+                 SLURM_NTASKS='16', SLURM_CPUS_PER_TASK='8', PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    done = subprocess.run(['bash', str(ROOT/'configs'/'train.sbatch'), 'run.toml'], env={**ENV, **slurm},
+                          cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     called = (tmp_path/'called').read_text().splitlines()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -208,20 +251,24 @@ def test_the_batch_script_hands_over_cores_connections_and_a_port(tmp_path):
 def test_thousands_of_files_are_deleted_by_many_hands(tmp_path):
     (old := tmp_path/'step-00000001').mkdir()
     for i in range(300): (old/str(i)).touch()
-    with mock.patch.object(checkpoint, 'ThreadPoolExecutor', wraps=checkpoint.ThreadPoolExecutor) as pool: checkpoint._discard(old)
+    with mock.patch.object(checkpoint, 'ThreadPoolExecutor', wraps=checkpoint.ThreadPoolExecutor) as pool:
+        checkpoint._discard(old)
     assert pool.call_count == 1 and list(tmp_path.iterdir()) == []
 
 # --- numbers that are none ----------------------------------------------------------------------
 
 NUMBERS = {name: kind for name, kind in setting_names().items() if kind in (int, float)}
 WRONG = {float: ('nan', '1e400', '-inf', '-1.0', '-0.0'), int: ('1e400', '-2', '1'*30, '1.5', 'true')}
-START = {'model': {'preset': '"7B"'}, 'data': {'train': '"tokens"'}, 'train': {'steps': '5000'}, 'optim': {}, 'parallel': {}}
+START = {'model': {'preset': '"7B"'}, 'data': {'train': '"tokens"'}, 'train': {'steps': '5000'}, 'optim': {},
+         'parallel': {}}
 
 def toml_with(name, value):
     section, key = name.split('.')
     tables = {s: dict(table) for s, table in START.items()}
     tables[section][key] = value
-    return 'out = "run"\n' + '\n'.join(f'[{s}]\n' + '\n'.join(f'{k} = {v}' for k, v in table.items()) for s, table in tables.items())
+    return ('out = "run"\n'
+            + '\n'.join(f'[{s}]\n' + '\n'.join(f'{k} = {v}' for k, v in table.items())
+                        for s, table in tables.items()))
 
 def assert_refused(call, name):
     with pytest.raises(UserError) as caught: call()
@@ -238,17 +285,30 @@ def test_a_number_that_is_none_is_named_with_its_range(name, tmp_path, monkeypat
     assert_refused(lambda: load_run('run.toml', [f'--{name}={WRONG[NUMBERS[name]][0]}']), name)
     assert [p.name for p in tmp_path.iterdir()] == ['run.toml']
 
-@pytest.mark.parametrize('name, value', [('optim.lr', '0'), ('optim.eps', '0'), ('optim.eps', '1e-50'), ('optim.beta1', '1'), ('optim.beta2', '1.0'), ('optim.beta2', '0.99999999999999999'),
-                                         ('optim.min_lr_ratio', '1.01'), ('optim.max_grad_norm', '0'), ('optim.lr', '1e39'), ('optim.lr', '1' + '0'*40), ('model.norm_eps', '0'), ('model.norm_eps', '1e-50'),
-                                         ('model.rope_theta', '0.5'), ('train.memory_budget', '1.5'), ('train.spike_sigmas', '0'), ('train.hang_minutes', '1e-9'), ('train.hang_minutes', '1e9'),
-                                         ('train.peak_flops', '1e-320'), ('train.prefetch', '100000'), ('train.seed', str(2**63)), ('model.dim', str(2**31 - 2)), ('model.vocab_size', str(2**31 - 1)), ('train.steps', '0')])
+@pytest.mark.parametrize('name, value',
+                         [('optim.lr', '0'), ('optim.eps', '0'), ('optim.eps', '1e-50'), ('optim.beta1', '1'),
+                          ('optim.beta2', '1.0'), ('optim.beta2', '0.99999999999999999'),
+                          ('optim.min_lr_ratio', '1.01'), ('optim.max_grad_norm', '0'), ('optim.lr', '1e39'),
+                          ('optim.lr', '1' + '0'*40), ('model.norm_eps', '0'), ('model.norm_eps', '1e-50'),
+                          ('model.rope_theta', '0.5'), ('train.memory_budget', '1.5'),
+                          ('train.spike_sigmas', '0'), ('train.hang_minutes', '1e-9'),
+                          ('train.hang_minutes', '1e9'),
+                          ('train.peak_flops', '1e-320'), ('train.prefetch', '100000'),
+                          ('train.seed', str(2**63)), ('model.dim', str(2**31 - 2)),
+                          ('model.vocab_size', str(2**31 - 1)), ('train.steps', '0')])
 def test_numbers_out_of_their_range(name, value, tmp_path):
     (tmp_path/'run.toml').write_text(toml_with(name, value))
     assert_refused(lambda: load_run(tmp_path/'run.toml'), name)
 
-@pytest.mark.parametrize('name, value', [('optim.beta1', '0'), ('optim.weight_decay', '0'), ('optim.min_lr_ratio', '0'), ('optim.min_lr_ratio', '1'), ('train.memory_budget', '0'), ('train.memory_budget', '1'),
-                                         ('train.hang_minutes', '0'), ('train.hang_minutes', '0.5'), ('train.peak_flops', '0'), ('train.seed', str(2**63 - 1)), ('train.keep_every', '0'),
-                                         ('train.prefetch', '0'), ('parallel.shard', '0'), ('optim.lr', '1'), ('train.max_skipped', '0')])
+@pytest.mark.parametrize('name, value',
+                         [('optim.beta1', '0'), ('optim.weight_decay', '0'), ('optim.min_lr_ratio', '0'),
+                          ('optim.min_lr_ratio', '1'), ('train.memory_budget', '0'),
+                          ('train.memory_budget', '1'),
+                          ('train.hang_minutes', '0'), ('train.hang_minutes', '0.5'),
+                          ('train.peak_flops', '0'), ('train.seed', str(2**63 - 1)),
+                          ('train.keep_every', '0'),
+                          ('train.prefetch', '0'), ('parallel.shard', '0'), ('optim.lr', '1'),
+                          ('train.max_skipped', '0')])
 def test_numbers_at_the_edge_of_their_range(name, value, tmp_path):
     (tmp_path/'run.toml').write_text(toml_with(name, value))
     section, key = name.split('.')
@@ -261,12 +321,23 @@ def _seed_file(tmp_path, seed):
     (tmp_path/'run.toml').write_text(toml_with('train.seed', str(seed)))
     return tmp_path/'run.toml'
 
-@pytest.mark.parametrize('args', [('train', '--optim.lr', 'nan'), ('train', '--optim.lr', 'inf'), ('train', '--optim.lr', '1e400'), ('train', '--optim.eps', '0'), ('train', '--optim.beta2', '1'),
-                                  ('toy', '--steps', '1e400'), ('toy', '--steps=-3'), ('toy', '--steps', '1'*30), ('toy', '--seed=-1'), ('toy', '--seed', str(2**64)), ('toy', '--device', 'tpu'),
-                                  ('tokenizer', 'new.model', '--vocab-size=-5'), ('tokenizer', 'new.model', '--vocab-size', '1'*20), ('tokenizer', 'new.model', '--vocab-size', 'nan'),
-                                  ('data', 'new', '--tokenizer', 'TOK', '--held-out', 'nan'), ('data', 'new', '--tokenizer', 'TOK', '--held-out', 'inf'), ('data', 'new', '--tokenizer', 'TOK', '--held-out=-0.5'),
-                                  ('generate', 'run', '--temperature', 'nan'), ('generate', 'run', '--temperature', '1e400'), ('generate', 'run', '--top-p', 'nan'), ('generate', 'run', '--seed', str(2**70)),
-                                  ('generate', 'run', '--max-new-tokens', '1e400'), ('generate', 'run', '--max-new-tokens=-1')])
+@pytest.mark.parametrize('args',
+                         [('train', '--optim.lr', 'nan'), ('train', '--optim.lr', 'inf'),
+                          ('train', '--optim.lr', '1e400'), ('train', '--optim.eps', '0'),
+                          ('train', '--optim.beta2', '1'),
+                          ('toy', '--steps', '1e400'), ('toy', '--steps=-3'), ('toy', '--steps', '1'*30),
+                          ('toy', '--seed=-1'), ('toy', '--seed', str(2**64)), ('toy', '--device', 'tpu'),
+                          ('tokenizer', 'new.model', '--vocab-size=-5'),
+                          ('tokenizer', 'new.model', '--vocab-size', '1'*20),
+                          ('tokenizer', 'new.model', '--vocab-size', 'nan'),
+                          ('data', 'new', '--tokenizer', 'TOK', '--held-out', 'nan'),
+                          ('data', 'new', '--tokenizer', 'TOK', '--held-out', 'inf'),
+                          ('data', 'new', '--tokenizer', 'TOK', '--held-out=-0.5'),
+                          ('generate', 'run', '--temperature', 'nan'),
+                          ('generate', 'run', '--temperature', '1e400'),
+                          ('generate', 'run', '--top-p', 'nan'), ('generate', 'run', '--seed', str(2**70)),
+                          ('generate', 'run', '--max-new-tokens', '1e400'),
+                          ('generate', 'run', '--max-new-tokens=-1')])
 def test_commands_refuse_in_one_line_and_make_nothing(args, tokens, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path('run.toml').write_text(toml_with('train.steps', '5000'))

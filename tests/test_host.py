@@ -1,4 +1,5 @@
-"The exchanged kernels: compiled code reaches them, wrong calls stay what they were, and nobody exchanges them unasked."
+"""The exchanged kernels: compiled code reaches them, wrong calls stay what they were, and nobody exchanges
+them unasked."""
 import json, subprocess, sys, textwrap
 import pytest
 from llama_nb.train import host
@@ -8,7 +9,8 @@ needs_both = pytest.mark.skipif(bool(wide_matmul_problem()), reason=wide_matmul_
 
 def run_program(text):
     "A program in a process of its own, for an exchange lasts as long as the process"
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(text)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(text)], capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -34,7 +36,8 @@ COMPILED = '''
 def test_compiled_products():
     assert run_program(COMPILED).split()[-1] == '3'                # forward, and for both gradients
 
-# Every call is made before and after the exchange. What torch answered before is right: a result (shape, strides, type, values) or an error, word for word.
+# Every call is made before and after the exchange. What torch answered before is right: a result (shape,
+# strides, type, values) or an error, word for word.
 CALLS = '''
     import warnings
     import torch
@@ -94,7 +97,8 @@ CALLS = '''
         (kind, right), (now, got) = before[name], answer(call)
         assert now == kind, (name, kind, now, right, got)
         if isinstance(right, str): assert got == right, (name, right, got)
-        elif right.device.type != 'meta': torch.testing.assert_close(got, right, equal_nan=True, rtol=1e-4, atol=1e-4, msg=name)
+        elif right.device.type != 'meta':
+            torch.testing.assert_close(got, right, equal_nan=True, rtol=1e-4, atol=1e-4, msg=name)
     print(sum(isinstance(x, str) for _, x in before.values()), len(calls))
 '''
 
@@ -105,10 +109,11 @@ def test_every_call_is_answered_as_before():
 
 def test_a_trainer_leaves_its_process_alone(run_file, monkeypatch):
     from llama_nb.config import load_run
-    from llama_nb.train.trainer import Trainer, fit
+    from llama_nb.train.trainer import fit, start_run
     def refuse(*args): raise AssertionError('a library changed its process')
-    for name in ('keep_freed_memory', 'use_wide_matmul', 'prepare_host'): monkeypatch.setattr(host, name, refuse)
-    run = Trainer(load_run(run_file(3)), report=lambda line: None)
+    for name in ('keep_freed_memory', 'use_wide_matmul', 'prepare_host'):
+        monkeypatch.setattr(host, name, refuse)
+    run = start_run(load_run(run_file(3)), report=lambda line: None)
     assert fit(run, progress=False) == 0 and not (run.out/'host.json').exists()
 
 def test_the_command_line_decides_once(run_file, llama_nb):
@@ -118,14 +123,17 @@ def test_the_command_line_decides_once(run_file, llama_nb):
     said = [line for line in out.splitlines() if 'float32 products' in line]
     written = path.with_suffix('')/'host.json'
     verdict = json.loads(written.read_text())
-    assert len(said) == 1 and ('by oneDNN' in said[0]) == verdict['wide'] and verdict['wide'] == (verdict['gain'] > CLEAR)
-    written.write_text(json.dumps({**verdict, 'gain': 7.5, 'wide': not wide_matmul_problem()}))          # nobody measures again
+    assert (len(said) == 1 and ('by oneDNN' in said[0]) == verdict['wide']
+            and verdict['wide'] == (verdict['gain'] > CLEAR))
+    # nobody measures again
+    written.write_text(json.dumps({**verdict, 'gain': 7.5, 'wide': not wide_matmul_problem()}))
     code, out, err = llama_nb('train', path)
     assert code == 0 and (bool(wide_matmul_problem()) or 'oneDNN is 7.5 times' in out), out + err
 
-@pytest.mark.parametrize('own, wide, gain', [([2., 2., 2.], [1., 1., 1.], 2.), ([1., 1., 1.], [1., 1., 1.], 1.),
-                                             ([8., 1., 8.], [1., 1., 1.], 1.),    # the machine was busy while PyTorch's own ran
-                                             ([1., 1., 1.], [.4, 1., 1.], 1.)])   # one lucky round
+@pytest.mark.parametrize('own, wide, gain',
+                         [([2., 2., 2.], [1., 1., 1.], 2.), ([1., 1., 1.], [1., 1., 1.], 1.),
+                          ([8., 1., 8.], [1., 1., 1.], 1.),    # the machine was busy while PyTorch's own ran
+                          ([1., 1., 1.], [.4, 1., 1.], 1.)])   # one lucky round
 def test_noise_is_no_gain(own, wide, gain): assert clear_gain(own, wide) == gain
 
 def test_a_run_keeps_its_type(run_file, monkeypatch):
@@ -134,11 +142,11 @@ def test_a_run_keeps_its_type(run_file, monkeypatch):
     from llama_nb import core
     from llama_nb.config import load_run
     from llama_nb.train import trainer
-    from llama_nb.train.trainer import Trainer, fit
+    from llama_nb.train.trainer import fit, start_run
     path, lines = run_file(3), []
     def begin(native):
         for module in (core, trainer): monkeypatch.setattr(module, 'native_bfloat16', lambda device: native)
-        return Trainer(load_run(path, ['--train.dtype', 'auto']), report=lines.append)
+        return start_run(load_run(path, ['--train.dtype', 'auto']), report=lines.append)
     assert fit(begin(True), progress=False) == 0
     assert load_run(path.with_suffix('')/'config.toml').train.dtype == 'bfloat16'
     again = begin(False)

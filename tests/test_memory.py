@@ -10,47 +10,60 @@ WORKER = Path(__file__).with_name('memory_worker.py')
 
 def worker(name, *arguments, timeout=600):
     "What a function of memory_worker.py returns in a process of its own"
-    done = subprocess.run([sys.executable, WORKER, name, json.dumps(arguments)], env=ENV, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run([sys.executable, WORKER, name, json.dumps(arguments)], env=ENV, capture_output=True,
+                          text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 # --- what blocks keep where ranks share the products --------------------------------------------
 
-RANKS, CASES = 4, [(sequence, mode, compiled) for sequence in (True, False) for mode, compiled in (('linear', False), ('linear', True), ('full', False), ('none', False))]
+RANKS = 4
+CASES = [(sequence, mode, compiled) for sequence in (True, False)
+         for mode, compiled in (('linear', False), ('linear', True), ('full', False), ('none', False))]
 
 @pytest.fixture(scope='module')
 def kept(): return worker('kept_cases', RANKS, CASES)
 
 def formula(mode, n, sequence, rows=2*64, d=256, f=704, heads=8):
-    "Bytes of bfloat16: the stream is cut by positions if `sequence`; q k v o and the feed-forward width always; what is gathered for a product never; a float32 a row and head"
+    """Bytes of bfloat16: the stream is cut by positions if `sequence`; q k v o and the feed-forward width
+    always; what is gathered for a product never; a float32 a row and head"""
     stream, gathered, inner, wide = {'linear': (3, 0, 4, 2), 'none': (2, 2, 4, 4), 'full': (1, 0, 0, 0)}[mode]
-    return rows*(2*gathered*d + 2*stream*d//(n if sequence else 1) + (2*(inner*d + wide*f) + (4*heads if inner else 0))//n)
+    return rows*(2*gathered*d + 2*stream*d//(n if sequence else 1)
+                 + (2*(inner*d + wide*f) + (4*heads if inner else 0))//n)
 
 @pytest.mark.parametrize('sequence, mode, compiled', CASES)
 def test_kept_bytes(kept, sequence, mode, compiled):
-    "A row-parallel product and its sum are kept once: (14d + 4f)/n bytes for `linear` under tensor and sequence parallelism"
+    """A row-parallel product and its sum are kept once: (14d + 4f)/n bytes for `linear` under tensor and
+    sequence parallelism"""
     got, right = kept[CASES.index((sequence, mode, compiled))], formula(mode, RANKS, sequence)
-    if compiled: assert .8*right < got <= right                          # the output of w2 is not asked for: 12d + 4f
-    else: assert got == right
+    if compiled: assert .8*right < got <= right  # the output of w2 is not asked for: 12d + 4f
+    else:
+        assert got == right
 
 # --- the peak of a step -------------------------------------------------------------------------
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
-MACHINE = '--parallel.replicate', '1', '--data.batch_size', '64'               # 8 GPUs, two micro-batches of 4
-ALONE = '--parallel.replicate', '1', '--parallel.shard', '1', '--model.n_layers', '4', '--data.batch_size', '4'
+MACHINE = '--parallel.replicate', '1', '--data.batch_size', '64'  # 8 GPUs, two micro-batches of 4
+ALONE = ('--parallel.replicate', '1', '--parallel.shard', '1', '--model.n_layers', '4', '--data.batch_size',
+         '4')
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('name, ranks, settings', [('7B', 512, ()), ('13B', 1024, ()), ('33B', 2048, ()), ('65B', 2048, ()), ('7B', 8, MACHINE)])
+@pytest.mark.parametrize('name, ranks, settings',
+                         [('7B', 512, ()), ('13B', 1024, ()), ('33B', 2048, ()), ('65B', 2048, ()),
+                          ('7B', 8, MACHINE)])
 def test_peak_of_a_rank(name, ranks, settings):
-    "The real model at full size, in the real layout, tensor by tensor: within 5 % of the formula, accumulation included"
+    """The real model at full size, in the real layout, tensor by tensor: within 5 % of the formula,
+    accumulation included"""
     got = worker('peak', str(CONFIGS/f'{name}.toml'), ranks, settings, timeout=850)
-    assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/f'{name}.toml', settings), ranks).values()), rel=.05)
+    assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/f'{name}.toml', settings),
+                                                    ranks).values()), rel=.05)
 
 @pytest.mark.parametrize('mode', ['none', 'linear', 'full'])
 def test_peak_of_one_process(mode):
     settings = *ALONE, '--train.recompute', mode
     got = worker('peak', str(CONFIGS/'7B.toml'), 1, settings)
-    assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/'7B.toml', settings), 1).values()), rel=.05)
+    assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/'7B.toml', settings), 1).values()),
+                                rel=.05)
 
 def test_our_tracker_agrees_with_torchs():
     "PyTorch's takes time that grows with the square of the layers; at two layers of 7B both count the same"
@@ -59,5 +72,7 @@ def test_our_tracker_agrees_with_torchs():
 
 def test_the_formula_needs_no_training_code():
     "Memory is arithmetic on a configuration; what trains may ask for it"
-    code = "import sys, llama_nb.scale.memory; print([m for m in sys.modules if m.startswith(('llama_nb.train', 'llama_nb.parallel'))])"
-    assert subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=120).stdout.strip() == '[]'
+    code = ('import sys, llama_nb.scale.memory\n'
+            "print([m for m in sys.modules if m.startswith(('llama_nb.train', 'llama_nb.parallel'))])")
+    assert subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True,
+                          timeout=120).stdout.strip() == '[]'

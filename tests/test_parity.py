@@ -8,13 +8,16 @@ import parity
 from parity import case
 from llama_nb.parallel.mesh import run_ranks
 
-pytestmark = pytest.mark.timeout(900)                               # all cases are measured for whoever asks first
+pytestmark = pytest.mark.timeout(900)  # all cases are measured for whoever asks first
 
-ALL = [(2, 'FSDP'), (2, 'TP+SP'), (4, 'FSDP x TP+SP')]             # each with all recompute modes; benchmarks/parity.py has the rest
+# each with all recompute modes; benchmarks/parity.py has the rest
+ALL = [(2, 'FSDP'), (2, 'TP+SP'), (4, 'FSDP x TP+SP')]
 ONCE = [(2, 'HSDP'), (2, 'TP'), (4, 'FSDP'), (4, 'HSDP'), (4, 'TP'), (4, 'TP+SP'), (4, 'HSDP x TP+SP')]
-MATRIX = [(n, case(name, mode)) for n, name in ALL for mode in parity.MODES] + [(n, case(name, 'linear')) for n, name in ONCE]
+MATRIX = ([(n, case(name, mode)) for n, name in ALL for mode in parity.MODES]
+          + [(n, case(name, 'linear')) for n, name in ONCE])
 UNEQUAL = [(4, case(name, model='odd')) for name in ('FSDP', 'HSDP', 'FSDP x TP+SP')]
-COMPILED = [(2, case('TP+SP', 'linear', compiler='inductor')), (2, case('FSDP', compiler='aot_eager')), (4, case('FSDP x TP+SP', compiler='aot_eager'))]
+COMPILED = [(2, case('TP+SP', 'linear', compiler='inductor')), (2, case('FSDP', compiler='aot_eager')),
+            (4, case('FSDP x TP+SP', compiler='aot_eager'))]
 MEAN = [(2, case('FSDP', factor=.5))]
 NARROW = [(4, case(name, dtype='bfloat16')) for name in ('FSDP', 'FSDP x TP+SP')]
 
@@ -26,7 +29,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def measured(folder):
-    "case -> errors on each rank; starting processes takes longer than what they do, so one start for each number of them"
+    """case -> errors on each rank; starting processes takes longer than what they do, so one start for each
+    number of them"""
     found = {}
     for n in (2, 4):
         cases = [c for m, c in MATRIX + UNEQUAL + COMPILED + MEAN + NARROW if m == n]
@@ -35,8 +39,9 @@ def measured(folder):
     return found
 
 def check(errors):
-    "1e-5 of a tensor's norm: float32 rounds at 6e-8; sums of up to 128 terms in another order, through two layers and back, were seen to lose a factor of 30"
-    assert errors['same start']                                                           # bitwise: a first number depends on name and seed alone
+    """1e-5 of a tensor's norm: float32 rounds at 6e-8; sums of up to 128 terms in another order, through two
+    layers and back, were seen to lose a factor of 30"""
+    assert errors['same start']  # bitwise: a first number depends on name and seed alone
     for what in ('loss', 'gradients', 'norm', 'weights'): assert errors[what] < 1e-5, (what, errors)
 
 @pytest.mark.parametrize('n, which', MATRIX + UNEQUAL + COMPILED)
@@ -45,15 +50,20 @@ def test_as_one_process(measured, n, which):
 
 @pytest.mark.parametrize('mode', parity.MODES)
 def test_recompute_and_accumulation_alone(folder, mode):
-    check(parity.compare(torch.load(folder/'even', weights_only=True), parity.five_steps(parity.build(parity.MODELS['even'], mode), pieces=2)))
+    check(parity.compare(torch.load(folder/'even', weights_only=True),
+                         parity.five_steps(parity.build(parity.MODELS['even'], mode), pieces=2)))
 
 def test_a_mean_over_ranks_is_caught(measured):
-    "Each rank's loss is divided by all targets already: who divides by the two ranks again halves the gradient"
+    """Each rank's loss is divided by all targets already: who divides by the two ranks again halves the
+    gradient"""
     for errors in measured[MEAN[0]]:
-        assert errors['gradients'] == pytest.approx(.5, abs=1e-5) and errors['norm'] > .4 and errors['loss'] < 1e-2
+        assert (errors['gradients'] == pytest.approx(.5, abs=1e-5) and errors['norm'] > .4
+                and errors['loss'] < 1e-2)
 
 @pytest.mark.parametrize('n, which', NARROW)
 def test_bfloat16_stays_near(measured, n, which):
-    "Gathered in bfloat16, summed in float32: 8 bits of each factor remain, so a few times 2^-8 of the largest gradient"
+    """Gathered in bfloat16, summed in float32: 8 bits of each factor remain, so a few times 2^-8 of the
+    largest gradient"""
     for errors in measured[n, which]:
-        assert errors['same start'] and errors['loss'] < 2e-3 and 1e-4 < errors['gradients'] < .05 and errors['norm'] < .02, errors
+        assert (errors['same start'] and errors['loss'] < 2e-3 and 1e-4 < errors['gradients'] < .05
+                and errors['norm'] < .02), errors

@@ -6,18 +6,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-IGNORED = shutil.ignore_patterns('.venv', '.git', 'runs', '__pycache__', '*.egg-info', '_docs', '_proc', '.pytest_cache', '.ipynb_checkpoints', 'build', 'dist')
+IGNORED = shutil.ignore_patterns('.venv', '.git', 'runs', '__pycache__', '*.egg-info', '_docs', '_proc',
+                                 '.pytest_cache', '.ipynb_checkpoints', 'build', 'dist')
 
 def run(*args, cwd, **env):
     "Run a command in a folder; its exit code and output"
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, 'PYTHONPATH': str(cwd), **env}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, 'PYTHONPATH': str(cwd), **env},
+                          capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout + done.stderr
 
 def copy_of(root, to):
     shutil.copytree(root, to, ignore=IGNORED)
     return to
 
-def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts}
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*'))
+            if p.is_file() and '__pycache__' not in p.parts}
 
 def drift(root, tmp):
     "Files that clean, export from nothing and the README builder would change, add or leave without a source"
@@ -47,8 +51,10 @@ def test_drift_is_seen(tmp_path):
 def project(tmp, *sources):
     "A project with one notebook of the given code cells"
     import nbformat
-    (tmp/'nbs').mkdir(parents=True); shutil.copy(ROOT/'settings.ini', tmp)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), tmp/'nbs'/'00_x.ipynb')
+    (tmp/'nbs').mkdir(parents=True)
+    shutil.copy(ROOT/'settings.ini', tmp)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]),
+                   tmp/'nbs'/'00_x.ipynb')
     return tmp
 
 @pytest.mark.parametrize('sources, fails', [
@@ -64,12 +70,15 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 BELOW = {'core': [], 'config': ['core'], 'data': ['core', 'config'], 'model': ['core', 'config']}
 BELOW['parallel'] = [*BELOW['model'], 'model']
 BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data']
-BELOW |= {'infer': ['core', 'config', 'data', 'model'], 'eval': ['core', 'config', 'data', 'model', 'infer'], 'interop': ['core', 'config', 'data', 'model'],
+BELOW |= {'infer': ['core', 'config', 'data', 'model'], 'eval': ['core', 'config', 'data', 'model', 'infer'],
+          'interop': ['core', 'config', 'data', 'model'],
           'scale': [*BELOW['train'], 'train']}
 TOP = {'toy', 'cli', '__main__'}
-FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers', 'pytest', 'nbformat', 'nbclient', 'nbconvert'}
+FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers',
+           'pytest', 'nbformat', 'nbclient', 'nbconvert'}
 
-def modules(root): return [p for p in sorted((root/'llama_nb').rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
+def modules(root):
+    return [p for p in sorted((root/'llama_nb').rglob('*.py')) if p.name not in ('__init__.py', '_modidx.py')]
 
 def imported(path, root):
     "Absolute names of everything a module imports, relative ones resolved"
@@ -98,17 +107,58 @@ def test_imports_point_one_way():
 
 def test_a_wrong_import_is_seen(tmp_path):
     broken = copy_of(ROOT, tmp_path/'broken')
-    with open(broken/'llama_nb'/'model'/'norm.py', 'a') as f: f.write('\nfrom ..train.loss import next_token_loss\nimport fastcore.all\n')
+    with open(broken/'llama_nb'/'model'/'norm.py', 'a') as f:
+        f.write('\nfrom ..train.loss import next_token_loss\nimport fastcore.all\n')
     assert against_the_stream(broken) == ['model.norm -> train.loss', 'model.norm -> fastcore.all']
+
+def defined(path):
+    "Names that stand at the top of a module, whatever defines or imports them; also inside of `if` and `try`"
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): yield node.id
+        elif isinstance(node, ast.alias): yield node.asname or node.name
+
+def asked_for(source):
+    "(module, name) of each `from llama_nb.module import name`"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('llama_nb.'):
+            yield from ((node.module, a.name) for a in node.names)
+
+def code_of(path):
+    text = path.read_text(encoding='utf-8')
+    if path.suffix == '.py': return [text]
+    return [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+
+def missing_names(root):
+    "'tests/test_x.py: llama_nb.model.norm has no y' for what programs and pages import in vain"
+    there = {'.'.join(p.relative_to(root).with_suffix('').parts): set(defined(p)) for p in modules(root)}
+    programs = (p for part in ('tests/*.py', 'benchmarks/*.py', 'nbs/*.ipynb')
+                for p in sorted(root.glob(part)))
+    return [f'{path.relative_to(root).as_posix()}: {module} has no {name}' for path in programs
+            for source in code_of(path) for module, name in asked_for(source)
+            if f'{module}.{name}' not in there and name not in there.get(module, ())]
+
+def test_what_is_imported_is_there():
+    "Benchmarks too, which the tests do not run"
+    assert missing_names(ROOT) == []
+
+def test_a_name_that_is_gone_is_seen(tmp_path):
+    broken = copy_of(ROOT, tmp_path/'broken')
+    old = 'from llama_nb.train import pieces\nfrom llama_nb.train.guards import Patience\n'
+    (broken/'benchmarks'/'old.py').write_text(old)
+    assert missing_names(broken) == ['benchmarks/old.py: llama_nb.train has no pieces',
+                                     'benchmarks/old.py: llama_nb.train.guards has no Patience']
 
 def test_package_needs_no_notebook_tools():
     "Everything imports where nbdev, fastcore, jupyter and the judges of the tests are not installed"
-    names = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in modules(ROOT) if p.name != '__main__.py']
+    names = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in modules(ROOT)
+             if p.name != '__main__.py']
     code = f'''
 import sys, importlib
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {FOREIGN - {'notebook'}!r}: raise ImportError(f'{{name}} is not for the package')
+        if name.split('.')[0] in {FOREIGN - {'notebook'}!r}:
+            raise ImportError(f'{{name}} is not for the package')
 sys.meta_path.insert(0, Block())
 for name in {names!r}: importlib.import_module(name)
 assert not any(m.split('.')[0] == 'xformers' for m in sys.modules), 'xformers is looked up on first use only'
@@ -116,31 +166,39 @@ assert not any(m.split('.')[0] == 'xformers' for m in sys.modules), 'xformers is
     status, text = run(sys.executable, '-c', code, cwd=ROOT)
     assert status == 0, text
 
-def failed_cells(page): return [c['id'] for c in json.loads(page.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', ()) if o['output_type'] == 'error']
+def failed_cells(page):
+    return [c['id'] for c in json.loads(page.read_text(encoding='utf-8'))['cells']
+            for o in c.get('outputs', ()) if o['output_type'] == 'error']
 
 @pytest.mark.parametrize('page', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
-def test_no_page_shows_a_cell_that_failed(page): assert failed_cells(page) == [], 'run it from top to bottom in a fresh kernel'
+def test_no_page_shows_a_cell_that_failed(page):
+    assert failed_cells(page) == [], 'run it from top to bottom in a fresh kernel'
 
 def test_a_failed_cell_is_seen(tmp_path):
-    (tmp_path/'page.ipynb').write_text(json.dumps({'cells': [{'id': 'bad', 'outputs': [{'output_type': 'error'}]}, {'id': 'good', 'outputs': []}]}))
+    cells = [{'id': 'bad', 'outputs': [{'output_type': 'error'}]}, {'id': 'good', 'outputs': []}]
+    (tmp_path/'page.ipynb').write_text(json.dumps({'cells': cells}))
     assert failed_cells(tmp_path/'page.ipynb') == ['bad']
 
 # --- what `make` installs: the versions that were named ------------------------------------------
 
 @pytest.fixture
 def make(tmp_path):
-    "`make toy` with settings, in a checkout whose .venv only notes what pip was asked for: (exit code, output, new pip calls)"
+    """`make toy` with settings, in a checkout whose .venv only notes what pip was asked for: (exit code,
+    output, new pip calls)"""
     for name in ('Makefile', 'settings.ini', 'setup.py'): shutil.copy(ROOT/name, tmp_path)
     (tmp_path/'.venv'/'bin').mkdir(parents=True)
-    scripts = {'.venv/bin/python': 'echo Python 3.11.7', '.venv/bin/pip': 'echo "$*" >> pip.log', '.venv/bin/llama-nb': 'true',
+    scripts = {'.venv/bin/python': 'echo Python 3.11.7', '.venv/bin/pip': 'echo "$*" >> pip.log',
+               '.venv/bin/llama-nb': 'true',
                'same': 'echo Python 3.11.7', 'other': 'echo Python 3.12.1'}
     for name, line in scripts.items():
         (tmp_path/name).write_text(f'#!/bin/sh\n{line}\n')
         (tmp_path/name).chmod(0o755)
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHON', 'TORCH', 'TORCH_INDEX') and not k.startswith('MAKE')}
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHON', 'TORCH', 'TORCH_INDEX')
+           and not k.startswith('MAKE')}
     def call(*settings):
         (tmp_path/'pip.log').write_text('')
-        done = subprocess.run(['make', 'toy', *settings], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(['make', 'toy', *settings], cwd=tmp_path, env=env, capture_output=True,
+                              text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, (tmp_path/'pip.log').read_text().splitlines()
     return call
 
@@ -160,7 +218,8 @@ def test_a_named_torch_is_installed_once_and_replaces_another(make):
 
 def test_a_venv_of_another_python_is_never_used_in_silence(make):
     code, text, installed = make('PYTHON=./other')
-    assert code != 0 and not installed and '.venv has Python 3.11.7, ./other is Python 3.12.1: make clean' in text
+    assert (code != 0 and not installed
+            and '.venv has Python 3.11.7, ./other is Python 3.12.1: make clean' in text)
     assert make('PYTHON=./same')[0] == 0
 
 # --- what ran on which version ------------------------------------------------------------------
@@ -174,11 +233,14 @@ def versions():
 
 def test_the_table_of_versions_is_made_from_the_notes():
     tool = versions()
-    assert tool.NOTES.with_suffix('.md').read_text(encoding='utf-8') == tool.table(json.loads(tool.NOTES.read_text(encoding='utf-8')))
+    notes = json.loads(tool.NOTES.read_text(encoding='utf-8'))
+    assert tool.NOTES.with_suffix('.md').read_text(encoding='utf-8') == tool.table(notes)
 
 def test_the_table_of_versions_names_what_failed():
-    note = {'python': '3.13.0', 'torch': '2.15.0+cpu', 'xformers': None, 'transformers': '5', 'commit': 'abc', 'date': '2026-01-01',
-            'pages': {'run': 31, 'failed': [], 'skipped': 0}, 'tests': {'run': 200, 'failed': ['test_x'], 'skipped': 1}}
+    note = {'python': '3.13.0', 'torch': '2.15.0+cpu', 'xformers': None, 'transformers': '5', 'commit': 'abc',
+            'date': '2026-01-01',
+            'pages': {'run': 31, 'failed': [], 'skipped': 0},
+            'tests': {'run': 200, 'failed': ['test_x'], 'skipped': 1}}
     text = versions().table([note])
     row = next(line for line in text.splitlines() if line.startswith('| 2.15 |'))
     assert row == '| 2.15 | not run | not run | 31 pages, **1 of 200 tests failed** (2.15.0+cpu) |'

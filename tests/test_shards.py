@@ -1,4 +1,5 @@
-"Token shards under the limits of a real machine: a full disk, more shards than files may be open, and a file system that all ranks ask at once."
+"""Token shards under the limits of a real machine: a full disk, more shards than files may be open, and a
+file system that all ranks ask at once."""
 import json, os, pickle, resource, signal, subprocess, sys
 from pathlib import Path
 import pytest
@@ -18,9 +19,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, tokens, llama_nb):
     for i in range(40): (texts/f'{i}.txt').write_text(f'Page {i} of the book. '*400)
     args = ('data', out, '--tokenizer', tokens/'tokenizer.model', '--documents', texts)
     status, _, err = llama_nb(*args, preexec_fn=limit(resource.RLIMIT_FSIZE, 50_000))
-    assert status == 75 and len(err.strip().splitlines()) == 1 and 'no room for' in err and 'Traceback' not in err, err
+    assert (status == 75 and len(err.strip().splitlines()) == 1 and 'no room for' in err
+            and 'Traceback' not in err), err
     assert not list(out.iterdir())
-    assert llama_nb(*args)[0] == 0                                       # the same command, once there is room
+    assert llama_nb(*args)[0] == 0  # the same command, once there is room
 
 READ_ALL = '''
 import sys
@@ -33,8 +35,10 @@ def test_more_shards_than_open_files(tmp_path, tokens):
     from llama_nb.data.documents import Document
     from llama_nb.data.shards import write_shards
     from llama_nb.data.tokenizer import Tokenizer
-    write_shards((Document(f'text {i}', str(i)) for i in range(200)), Tokenizer(tokens/'tokenizer.model'), tmp_path/'many', tokens_per_shard=1)
-    done = subprocess.run([sys.executable, '-c', READ_ALL, tmp_path/'many'], env=ENV, capture_output=True, text=True,
+    write_shards((Document(f'text {i}', str(i)) for i in range(200)), Tokenizer(tokens/'tokenizer.model'),
+                 tmp_path/'many', tokens_per_shard=1)
+    done = subprocess.run([sys.executable, '-c', READ_ALL, tmp_path/'many'], env=ENV, capture_output=True,
+                          text=True,
                           preexec_fn=limit(resource.RLIMIT_NOFILE, 120))
     assert done.stdout.split() == ['200', 'True'], done.stderr
 
@@ -47,18 +51,22 @@ def looks_at(folder, call):
         if str(path).startswith(str(folder)): found.append(path)
         return real(path, *args, **kwargs)
     os.stat = stat
-    try: return call(), len(found)
-    finally: os.stat = real
+    try:
+        return call(), len(found)
+    finally:
+        os.stat = real
 
 def opening_worker(path, folder):
     "Open the data of a run as the trainer does; looks at files, and what was said"
     from llama_nb.config import load_run
     from llama_nb.core import UserError
-    from llama_nb.parallel.agree import everywhere
+    from llama_nb.parallel.agree import on_all_ranks
     from llama_nb.train.trainer import open_data
     def opened():
-        try: return everywhere(lambda: open_data(load_run(path))) and 'well'
-        except UserError as e: return str(e)
+        try:
+            return on_all_ranks(lambda: open_data(load_run(path))) and 'well'
+        except UserError as e:
+            return str(e)
     said, looks = looks_at(folder, opened)
     return {'looks': looks, 'said': said}
 
@@ -67,7 +75,8 @@ def many_shards(folder, tokens, n=60):
     from llama_nb.data.shards import write_shards
     from llama_nb.data.tokenizer import Tokenizer
     for name in ('train', 'held_out'):
-        shards = write_shards((Document(f'text {i} of the book', str(i)) for i in range(n)), Tokenizer(tokens/'tokenizer.model'), folder/name, tokens_per_shard=1)
+        shards = write_shards((Document(f'text {i} of the book', str(i)) for i in range(n)),
+                              Tokenizer(tokens/'tokenizer.model'), folder/name, tokens_per_shard=1)
     return shards
 
 def test_opening_costs_one_look_a_file_however_many_ranks(tmp_path, tokens, run_file):
@@ -79,10 +88,11 @@ def test_opening_costs_one_look_a_file_however_many_ranks(tmp_path, tokens, run_
     arguments = {'path': str(path), 'folder': str(tmp_path/'many')}
     found = run_ranks(f'{ME}:opening_worker', 3, arguments)
     assert [f['said'] for f in found] == ['well']*3
-    assert files <= sum(f['looks'] for f in found) <= files + 3*5           # a few more: whether the folders are there
+    assert files <= sum(f['looks'] for f in found) <= files + 3*5  # a few more: whether the folders are there
     (tmp_path/'many'/'train'/'00031.ds').write_bytes(b'x')
     found = run_ranks(f'{ME}:opening_worker', 3, arguments)                 # one rank sees it, all are told
-    assert len({f['said'] for f in found}) == 1 and '00031.ds has 1 bytes instead of' in found[0]['said'] and 'rank' in found[0]['said']
+    assert (len({f['said'] for f in found}) == 1 and '00031.ds has 1 bytes instead of' in found[0]['said']
+            and 'rank' in found[0]['said'])
 
 def test_a_reader_process_does_not_look_again(tmp_path, tokens):
     shards = many_shards(tmp_path, tokens)
@@ -95,7 +105,8 @@ def test_a_shard_of_the_wrong_length_is_not_read(tmp_path, tokens):
     "Where ranks have copies of their own, a rank may not have looked at its own copy of a file"
     from llama_nb.core import UserError
     sent = pickle.dumps(many_shards(tmp_path, tokens))
-    file = tmp_path/'held_out'/'00031.ds'; before = file.read_bytes()
+    file = tmp_path/'held_out'/'00031.ds'
+    before = file.read_bytes()
     for damaged in (before[:-2], before[:-1], before + b'xx', b''):
         file.write_bytes(damaged)
         again = pickle.loads(sent)
@@ -104,11 +115,13 @@ def test_a_shard_of_the_wrong_length_is_not_read(tmp_path, tokens):
     with pytest.raises(UserError, match='00031.ds does not hold'): pickle.loads(sent).read(0, 900)
 
 def test_the_size_of_a_shard_is_a_setting(tmp_path, tokens, llama_nb):
-    texts = tmp_path/'texts'; texts.mkdir()
+    texts = tmp_path/'texts'
+    texts.mkdir()
     for i in range(40): (texts/f'{i}.txt').write_text(f'Page {i} of the book. '*40)
     args = ('--tokenizer', tokens/'tokenizer.model', '--documents', texts)
     shards = lambda out: json.loads((out/'train'/'manifest.json').read_text())['shards']
     assert llama_nb('data', tmp_path/'one', *args)[0] == 0 and len(shards(tmp_path/'one')) == 1
-    assert llama_nb('data', tmp_path/'many', *args, '--tokens_per_shard', '1000')[0] == 0 and len(shards(tmp_path/'many')) > 5
+    assert (llama_nb('data', tmp_path/'many', *args, '--tokens_per_shard', '1000')[0] == 0
+            and len(shards(tmp_path/'many')) > 5)
     status, _, err = llama_nb('data', tmp_path/'none', *args, '--tokens_per_shard', '0')
     assert status == 2 and len(err.strip().splitlines()) == 1 and 'tokens_per_shard must be at least 1' in err

@@ -42,7 +42,8 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         if tag not in (t for t, _ in self.open): return
-        while self.open.pop()[0] != tag: pass
+        while self.open.pop()[0] != tag:
+            pass
 
     def handle_data(self, data):
         tags, classes = {t for t, _ in self.open}, {c for _, names in self.open for c in names}
@@ -181,9 +182,8 @@ def broken_links(site, repository:str)->list:
     for name, page in site.pages.items():
         for href in set(page.links + page.loads):
             url = urlsplit(href.replace(repository, ROOT.as_uri() + '/'))
-            if url.scheme == 'file': is_there = Path(unquote(url.path)).exists()
-            elif url.scheme or url.netloc: continue
-            else: is_there = in_site(site, name, url)
+            if url.scheme not in ('', 'file') or (url.netloc and not url.scheme): continue
+            is_there = Path(unquote(url.path)).exists() if url.scheme else in_site(site, name, url)
             if not is_there: found.append(f'{name} -> {href}')
     return sorted(found)
 

@@ -23,7 +23,8 @@ def comment_at(line:int, comments:dict, taken:set)->str:
     "The comment behind a line, else those right above it, up to the line of another parameter"
     if line in comments: return comments[line]
     above = []
-    while (line := line - 1) in comments and line not in taken: above.insert(0, comments[line])
+    while (line := line - 1) in comments and line not in taken:
+        above.insert(0, comments[line])
     return ' '.join(above)
 
 def unparse(node)->str: return '' if node is None else ast.unparse(node)
@@ -87,8 +88,8 @@ def read_method(node, comments:dict)->Symbol:
     if 'staticmethod' not in marks: made.rows = made.rows[1:]
     made.kind = 'property' if marks & PROPERTIES else 'method'
     returned = [kind for name, kind, *_ in made.rows if name == 'returns']
-    if marks & PROPERTIES: made.options = [f':type: {kind}' for kind in returned]
-    else: made.options = [f':{mark}:' for mark in ('staticmethod', 'classmethod') if mark in marks]
+    kinds = [f':{mark}:' for mark in ('staticmethod', 'classmethod') if mark in marks]
+    made.options = [f':type: {kind}' for kind in returned] if marks & PROPERTIES else kinds
     return made
 
 def read_class(node, comments:dict)->Symbol:

@@ -15,7 +15,8 @@ NEEDED = 'the site needs what `make docs` installs (the extra `docs`: pip instal
 try:
     import nbformat
     from sphinx.cmd.build import main as sphinx_build
-except ImportError as e: sys.exit(f'{NEEDED}: {e}')
+except ImportError as e:
+    sys.exit(f'{NEEDED}: {e}')
 
 settings = ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini', encoding='utf-8')
@@ -51,8 +52,10 @@ def expects_failure(node)->bool: # `with expect_fail(...)`
 def is_check(cell)->bool:
     "Does it only assert? Its id says so, or each of its statements"
     if cell.id.endswith('-check'): return True
-    try: body = ast.parse(cell.source).body
-    except SyntaxError: return False     # of a cell with `!` or `%`
+    try:
+        body = ast.parse(cell.source).body
+    except SyntaxError:     # of a cell with `!` or `%`
+        return False
     return bool(body) and all(map(is_assertion, body))
 
 def has_picture(cell)->bool:

@@ -11,7 +11,7 @@ def cells(path):
 def from_root(text):
     "Links of a page in nbs/ as seen from the root"
     text = re.sub(r'\]\(\.\./', '](', text)
-    return re.sub(r'\]\(([\w.]+\.ipynb)', r'](nbs/\1', text)
+    return re.sub(r'\]\(([\w.]+\.ipynb|images/)', r'](nbs/\1', text)
 
 def output_text(output):
     data = output.get('data', {}).get('text/plain', output.get('text', ''))
@@ -34,19 +34,25 @@ def title(notebook):
     lines = [line for line in head.splitlines() if line.strip()]
     return lines[0].lstrip('# '), lines[1].lstrip('> ')
 
+MORE = ('## More', '',
+        '- [Front page](README.md): the two commands, results, what works and what does not yet',
+        '- [How to contribute](CONTRIBUTING.md): how a page is written and tested',
+        '- [Changelog](CHANGELOG.md): what a user must know about each version',
+        '- [Log](LOG.md): dated measurements and negative results')
+
 def llms(nbs):
     pages = [p for p in sorted(nbs.glob('*.ipynb')) if p.stem != 'index']
     name, line = title(nbs/'index.ipynb')
     return '\n'.join([f'# {name}', '', f'> {line}', '', '## Pages, in reading order', '',
-                      *('- [{}](nbs/{}): {}'.format(title(p)[0], p.name, title(p)[1]) for p in pages), '',
-                      '## More', '', '- [Front page](README.md): the two commands, results, what works and what does not yet',
-                      '- [How to contribute](CONTRIBUTING.md): how a page is written and tested',
-                      '- [Log](LOG.md): dated measurements and negative results', ''])
+                      *(f'- [{title(p)[0]}](nbs/{p.name}): {title(p)[1]}' for p in pages), '', *MORE, ''])
 
 def main():
     wanted = {'README.md': readme(ROOT/'nbs'/'index.ipynb'), 'llms.txt': llms(ROOT/'nbs')}
-    stale = [name for name, text in wanted.items() if not (ROOT/name).exists() or (ROOT/name).read_text(encoding='utf-8') != text]
+    stale = [name for name, text in wanted.items() if not (ROOT/name).exists()
+             or (ROOT/name).read_text(encoding='utf-8') != text]
     if '--check' in sys.argv[1:]: sys.exit(f'{", ".join(stale)} out of date: make prepare' if stale else 0)
-    for name in stale: (ROOT/name).write_text(wanted[name], encoding='utf-8'); print(f'{name} written')
+    for name in stale:
+        (ROOT/name).write_text(wanted[name], encoding='utf-8')
+        print(f'{name} written')
 
 if __name__ == '__main__': main()

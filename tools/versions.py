@@ -6,7 +6,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 NOTES = ROOT/'benchmarks'/'versions.json'
 PYTHONS = ('3.11', '3.12', '3.13')
 LIMIT = 45*60                                                   # seconds for the pages, and for the tests
@@ -23,9 +22,9 @@ def run(*command, **env):
 
 def run_pages():
     "All pages, two at a time as `make test` does: how many, and which failed"
-    code, text = run(BIN/'nbdev_test', '--n_workers', '2', OMP_NUM_THREADS='1')
+    code, text = run(sys.executable, 'tools/pages.py', '--n_workers', '2', OMP_NUM_THREADS='1')
     failed = re.findall(r'^\s+(\S+)\.ipynb$', text, re.M)
-    if code and not failed: failed = [f'nbdev_test (exit code {code})']
+    if code and not failed: failed = [f'tools/pages.py (exit code {code})']
     return {'run': len(list((ROOT/'nbs').glob('*.ipynb'))), 'failed': failed, 'skipped': 0}
 
 def run_tests():

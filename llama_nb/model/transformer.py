@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from ..config import ModelConfig
 from ..core import UserError, to_autocast
-from .attention import Attention, check_borders, document_numbers
+from .attention import Attention
 from .ffn import FeedForward
+from .kernels import check_borders, document_numbers
 from .norm import RMSNorm
 from .rope import rotation_table
 

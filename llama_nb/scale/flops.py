@@ -18,7 +18,7 @@ from ..train.trainer import flops_per_token
 def _blocks(c): return c.n_params - 2*c.vocab_size*c.dim
 def _output(c): return c.vocab_size*c.dim
 
-CONVENTIONS = {   # (config, t) -> FLOPs a token inside the blocks, outside of them
+CONVENTIONS = {   # (config, t) -> FLOPs per token inside the blocks, outside of them
     '6N':                       lambda c, t: (6*_blocks(c), 12*_output(c)),
     '6N no embeddings':         lambda c, t: (6*_blocks(c), 0),
     '6N matrices':              lambda c, t: (6*_blocks(c), 6*_output(c)),
@@ -31,7 +31,7 @@ CONVENTIONS = {   # (config, t) -> FLOPs a token inside the blocks, outside of t
 def training_flops(c:ModelConfig,
                    seq_len:int,                          # t
                    convention:str='matrices, attention', # a key of `CONVENTIONS`; the default is that of PaLM (Chowdhery et al. 2022)
-                  )->int:                                # FLOPs a token, forward and backward
+                  )->int:                                # FLOPs per token, forward and backward
     "Arithmetic of training, counted by a named convention. Raises `UserError` for an unknown one"
     return sum(choose(CONVENTIONS, convention, 'convention')(c, seq_len))
 
@@ -109,7 +109,7 @@ def measure_matmul_peak(shapes:list[tuple[int, int, int]], # (rows, inner, colum
 def hardware_flops(c:ModelConfig, seq_len:int,
                    recompute:str='none', # none, linear, full
                    convention:str='matrices, attention',
-                  )->float:              # FLOPs a token
+                  )->float:              # FLOPs per token
     "Arithmetic that is really done, recomputed products included. Raises `UserError` for an unknown mode or convention"
     inside, _ = choose(CONVENTIONS, convention, 'convention')(c, seq_len)
     again = {'none': 0, 'linear': 0, 'full': inside/3 - 2*c.n_layers*c.dim*c.ffn_dim}

@@ -22,7 +22,7 @@ class Thinned:
         if len(self.points) == 2*self.limit: self.points, self.every = self.points[::2], 2*self.every
 
 # %% ../../nbs/64_train.metrics.ipynb #metrics
-def read_metrics(path)->list[dict]: # one dict a step
+def read_metrics(path)->list[dict]: # one dict per step
     "The steps in a metrics file; a torn last line is left out"
     lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True) if Path(path).exists() else []
     return [json.loads(line) for line in lines if line.endswith('}\n')]
@@ -93,6 +93,6 @@ def plot_loss(rows:list[dict], # as from `read_metrics`
     ax.plot(tokens[:end], centred_mean(losses, half)[:end], color='C0', label='training')
     measured = [(r['tokens'], r['held_out_loss']) for r in rows if 'held_out_loss' in r]
     if measured: ax.plot(*zip(*measured), 'o-', ms=3, color='C1', label='held out')
-    ax.set(xlabel='tokens seen', ylabel='loss (nats a token)'); ax.legend(); ax.grid(alpha=.3)
+    ax.set(xlabel='tokens seen', ylabel='loss (nats per token)'); ax.legend(); ax.grid(alpha=.3)
     fig.savefig(image := io.BytesIO(), format='png', dpi=100)
     write_atomic(path, image.getvalue())

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from ..core import UserError, choose
-from ..model.attention import attend
 from ..model.ffn import gated_linear, gated_linear_backward
+from ..model.kernels import attend
 from ..model.norm import rmsnorm_backward
 from ..model.rope import apply_rotary
 

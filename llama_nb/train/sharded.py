@@ -81,7 +81,7 @@ def pick_writers(boxes:dict[str,tuple],        # name -> what `boxes_of` returns
     load, writers = np.zeros(size, dtype=np.int64), {}
     for name in sorted(boxes, key=lambda n: (-volume[n].sum(), n)):
         _, sizes, holders = boxes[name]
-        writers[name] = first = holders[:, 0]
+        writers[name] = holders[:, 0]
         if sizes.shape[1] == 0 or holders.size < size: continue                          # a number; or not all ranks know these boxes
         writers[name] = np.take_along_axis(holders, load[holders].argmin(1)[:, None], 1)[:, 0]
         load[writers[name]] += volume[name]

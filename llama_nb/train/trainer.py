@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['forward_loss', 'accumulate', 'flops_per_token', 'attention_model', 'check_settings', 'open_data', 'open_folder',
-           'evaluate', 'build_model', 'settle_dtype', 'dtype_line', 'Trainer', 'train_step', 'next_batch',
-           'StepInFlight', 'finish_step', 'run_tensors', 'save', 'resume', 'fit', 'RunLog', 'quiet_gc']
+           'evaluate', 'build_model', 'settle_dtype', 'dtype_line', 'Trainer', 'start_run', 'train_step', 'next_batch',
+           'StepInFlight', 'finish_step', 'run_tensors', 'save', 'resume', 'fit', 'running', 'validation_loss',
+           'RunLog', 'quiet_gc']
 
 # %% ../../nbs/65_train.trainer.ipynb #imports
 import gc, math, socket, sys, time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
 from ..data.loader import Loader, batch_borders, check_loader_state, loader_state, prefetch
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
-from ..model.attention import backend_report, pick_backend
+from ..model.kernels import backend_report, pick_backend
 from ..model.transformer import LLaMA
 from ..parallel.agree import on_all_ranks, on_rank_zero, total
 from ..parallel.data import apply_data_parallel, materialize, sync_gradients
@@ -183,45 +185,76 @@ def dtype_line(asked:RunConfig, settled:RunConfig, device:torch.device)->str: # 
     return f'train.dtype auto is {settled.train.dtype} here' if asked.train.dtype == 'auto' else ''
 
 # %% ../../nbs/65_train.trainer.ipynb #trainer
+@dataclass(eq=False)
 class Trainer:
-    "One run of `config`, at the step where its folder left off, on the ranks that torchrun has started. Raises `UserError` where configuration, data and folder do not fit"
-    def __init__(self, config:RunConfig, report=tqdm.write):
-        limit, asked = collective_seconds(config.train.hang_minutes), config    # of every group
-        self.device = start_ranks(config.train.device, limit)
-        config = on_rank_zero(lambda: settle_dtype(asked, self.device))
-        c, self.config, self.step, self.batches, self.got = config.train, config, 0, None, []
-        self.dtype = pick_dtype(c.dtype)
-        self.rank, self.ranks = rank_and_size()
-        self.report = report if self.rank == 0 else lambda line: None
-        sizes = degrees(config.parallel, config.model, self.ranks)
-        self.mesh = make_mesh(sizes, self.device.type, limit) if self.ranks > 1 else None
-        self.share = data_rank(self.mesh) if self.mesh else (0, 1)
-        on_all_ranks(lambda: check_settings(config, self.device, self.share[1], sizes[2]))
-        self.loader, self.held_out = on_all_ranks(lambda: open_data(config))
-        self.bos_id = Tokenizer(self.loader.shards.folder/'tokenizer.model').bos_id if config.data.documents == 'separate' else None
-        self._same_data()
-        self.out = on_rank_zero(lambda: open_folder(config, self.loader.shards))
-        if line := dtype_line(asked, config, self.device): self.report(line)
-        torch.manual_seed(c.seed)
-        self.patience, self.saver = NonFiniteGuard(c.max_skipped), ckpt.Saver(self.out/'checkpoints', c.keep, c.keep_every, limit)
-        path = ckpt.latest_checkpoint(self.out/'checkpoints', report=self.report)
-        self.fused = async_tensor_parallel(self.mesh['tensor'], c.compile != 'off') if config.parallel.async_tensor else None
-        self.report(backend_report(c.attention, self.device, *attention_model(config, self.device)))
-        self.model = build_model(config, self.device, self.mesh, draw=path is None)
-        self.optimizer = make_optimizer(self.model, config.optim)
-        if path: self._resume(path)
+    "One run: its network, its data, and how many steps are done. `start_run` opens it"
+    config:RunConfig
+    device:torch.device
+    mesh:object=None             # the layout of the ranks, from `make_mesh`; None in one process
+    report:Callable=tqdm.write   # takes one line
+    model:LLaMA=None
+    optimizer:torch.optim.Optimizer=None
+    loader:Loader=None           # of the training text
+    held_out:TokenShards=None    # the text for validation, if there is any
+    bos_id:int=None              # where documents begin, if they must not see each other
+    saver:ckpt.Saver=None
+    step:int=0                   # steps that are done
+    batches:object=None          # the batches to come, from `prefetch`
+    got:list=field(default_factory=list)  # signals that came to this rank
+    fused:object=None            # what asynchronous tensor parallelism has fused, until the first step has been checked
 
-    def _same_data(self):
-        folders = [s for s in (self.loader.shards, self.held_out) if s]
-        wanted = on_rank_zero(lambda: [s.digest for s in folders])
-        def check():
-            for s, digest in zip(folders, wanted):
-                if s.digest != digest: raise UserError(f'{s.folder} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
-        on_all_ranks(check)
+    def __post_init__(self):
+        self.dtype = pick_dtype(self.config.train.dtype)
+        self.out = Path(self.config.out)
+        self.rank, self.ranks = rank_and_size()
+        self.share = data_rank(self.mesh) if self.mesh else (0, 1)
+        self.guard = NonFiniteGuard(self.config.train.max_skipped)
+        if self.rank: self.report = lambda line: None
 
     def total(self, x:Tensor)->Tensor:
         "Sum over the ranks that share the batch; the same on every rank"
         return total(x)/self.mesh['tensor'].size() if self.mesh else x
+
+# %% ../../nbs/65_train.trainer.ipynb #start-run
+def start_run(config:RunConfig, report:Callable=tqdm.write)->Trainer:
+    "Open the run of `config` at the step where its folder left off, on the ranks that torchrun has started. Raises `UserError` where configuration, data and folder do not fit"
+    limit = collective_seconds(config.train.hang_minutes)              # of every group
+    device = start_ranks(config.train.device, limit)
+    settled = on_rank_zero(lambda: settle_dtype(config, device))
+    sizes = degrees(settled.parallel, settled.model, rank_and_size()[1])
+    mesh = make_mesh(sizes, device.type, limit) if rank_and_size()[1] > 1 else None
+    run = Trainer(settled, device, mesh, report)
+    on_all_ranks(lambda: check_settings(settled, device, run.share[1], sizes[2]))
+    _open_text(run)
+    on_rank_zero(lambda: open_folder(settled, run.loader.shards))
+    for line in (dtype_line(config, settled, device), backend_report(settled.train.attention, device, *attention_model(settled, device))):
+        if line: run.report(line)
+    run.saver = ckpt.Saver(run.out/'checkpoints', settled.train.keep, settled.train.keep_every, limit)
+    _open_model(run)
+    return run
+
+def _open_text(run:Trainer):
+    "The shards of a run, the same on every rank"
+    run.loader, run.held_out = on_all_ranks(lambda: open_data(run.config))
+    if run.config.data.documents == 'separate':
+        run.bos_id = Tokenizer(run.loader.shards.folder/'tokenizer.model').bos_id
+    folders = [s for s in (run.loader.shards, run.held_out) if s]
+    wanted = on_rank_zero(lambda: [s.digest for s in folders])
+    def check():
+        for s, digest in zip(folders, wanted):
+            if s.digest == digest: continue
+            raise UserError(f'{s.folder} on {socket.gethostname()} is not what rank 0 reads; copy the same shards to all machines')
+    on_all_ranks(check)
+
+def _open_model(run:Trainer):
+    "Network and optimiser, new or from the newest checkpoint"
+    torch.manual_seed(run.config.train.seed)
+    path = ckpt.latest_checkpoint(run.out/'checkpoints', report=run.report)
+    if run.config.parallel.async_tensor:
+        run.fused = async_tensor_parallel(run.mesh['tensor'], run.config.train.compile != 'off')
+    run.model = build_model(run.config, run.device, run.mesh, draw=path is None)
+    run.optimizer = make_optimizer(run.model, run.config.optim)
+    if path: resume(run, path)
 
 # %% ../../nbs/65_train.trainer.ipynb #train-step
 def train_step(run:Trainer)->dict: # step, lr, and what travels: loss, grad_norm and signals as tensors on the device
@@ -269,13 +302,13 @@ def finish_step(run:Trainer,
                )->tuple[dict, list[int]]: # a row of metrics.jsonl, and the signals that came to any rank
     "The numbers of a step. Raises `UserError` if too many in a row were not finite"
     c, n = run.config, run.config.data.batch_size*run.config.data.seq_len
-    loss, norm, *signals = row['on_the_way'].read()
+    loss, norm, *signals = row['in_flight'].read()
     used = n/seconds*flops_per_token(c.model, c.data.seq_len)/run.ranks
     numbers = {'step': row['step'], 'loss': loss, 'lr': row['lr'], 'grad_norm': norm, 'tokens': row['step']*n, 'seconds': seconds, 'tokens_per_second': n/seconds,
                'mfu': used/c.train.peak_flops if c.train.peak_flops else None}
-    if skipped := run.patience.look(row['step'], loss, norm):
+    if skipped := run.guard.look(row['step'], loss, norm):
         run.report(skipped)
-        numbers |= {'loss': None, 'grad_norm': None, 'skipped': run.patience.row}
+        numbers |= {'loss': None, 'grad_norm': None, 'skipped': run.guard.row}
     return numbers, [n for n, x in zip(STOP_SIGNALS, signals) if x]
 
 # %% ../../nbs/65_train.trainer.ipynb #save-resume
@@ -285,7 +318,7 @@ def run_tensors(run:Trainer)->dict[str,dict[str,Tensor]]:
 
 def save(run:Trainer):
     "Begin to save the run at its current step; `run.saver.wait()` says when it is done"
-    state = {'step': run.step, 'data': loader_state(run.loader, run.step), 'random': random_state(), 'skipped': run.patience.row}
+    state = {'step': run.step, 'data': loader_state(run.loader, run.step), 'random': random_state(), 'skipped': run.guard.row}
     run.saver.save(run.step, run_tensors(run), state)
 
 def resume(run:Trainer,
@@ -296,10 +329,8 @@ def resume(run:Trainer,
     state = ckpt.load_into(path, run_tensors(run), digests=False)             # `latest_checkpoint` has compared them
     check_loader_state(run.loader, state['data'])
     set_random_state(state['random'])
-    run.step, run.patience.row = state['step'], state['skipped']
+    run.step, run.guard.row = state['step'], state['skipped']
     run.report(f'continuing {run.out} after step {run.step} of {run.config.train.steps}')
-
-Trainer._resume = resume
 
 # %% ../../nbs/65_train.trainer.ipynb #fit
 def fit(run:Trainer,
@@ -307,66 +338,97 @@ def fit(run:Trainer,
        )->int:              # 0 if all steps are done, else the signal that stopped it
     "Train until the last step or until a signal; saves in both cases. Raises `UserError` where loss or gradient are not finite too often"
     c = run.config.train
-    if run.step >= c.steps: run.report(f'{run.out} is finished: {run.step} of {c.steps} steps'); return 0
-    with ExitStack() as stack:
-        on_all_ranks(lambda: stack.enter_context(ckpt.lock_folder(run.out, run.report)) if run.rank == 0 else None)
-        run.got, alive = stack.enter_context(stop_on_signal()), stack.enter_context(watchdog(c.hang_minutes))
-        stack.callback(setattr, run, 'batches', None)                  # ends the worker process
-        often = .1 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30.    # seconds; a log file is not a screen
-        bar = stack.enter_context(tqdm(total=c.steps, initial=run.step, unit='step', disable=not progress or run.rank > 0, mininterval=often, maxinterval=often))
-        log = stack.enter_context(RunLog(run, bar))
-        tidy = stack.enter_context(quiet_gc())
-        stack.enter_context(last_words())                              # before anything is cleaned up
+    if run.step >= c.steps:
+        run.report(f'{run.out} is finished: {run.step} of {c.steps} steps')
+        return 0
+    with running(run, progress) as log:
         while run.step < c.steps and not log.signals:
-            log.add(train_step(run)); alive(); tidy(run.step)
-            if run.fused is not None: check_fused(run.fused); run.fused = None    # the first step has compiled the blocks
+            log.add(train_step(run))
             if run.held_out and (run.step % c.eval_every == 0 or run.step == c.steps): log.validate()
             if run.step % c.save_every == 0: log.checkpoint()
-        log.catch_up()
-        if log.saved != run.step: log.checkpoint()
-        run.saver.wait()
+        log.finish()
     if run.step == c.steps: return 0
     run.report(f'stopped after step {run.step} of {c.steps}, saved; the same command goes on')
     return log.signals[0]
 
-# %% ../../nbs/65_train.trainer.ipynb #diary
+# %% ../../nbs/65_train.trainer.ipynb #running
+@contextmanager
+def running(run:Trainer, progress:bool=True):
+    "What a run needs while it trains, and its log; all of it is closed at the end, in the opposite order"
+    with ExitStack() as stack:
+        on_all_ranks(lambda: stack.enter_context(ckpt.lock_folder(run.out, run.report)) if run.rank == 0 else None)
+        run.got = stack.enter_context(stop_on_signal())
+        alive = stack.enter_context(watchdog(run.config.train.hang_minutes))
+        stack.callback(setattr, run, 'batches', None)                  # ends the worker process
+        log = stack.enter_context(RunLog(run, stack.enter_context(_bar(run, progress))))
+        tidy = stack.enter_context(quiet_gc())
+        log.after_step = [alive, lambda: tidy(run.step), lambda: _check_compiled(run)]
+        stack.enter_context(last_words())                              # before anything is cleaned up
+        yield log
+
+def _check_compiled(run:Trainer):
+    "The first step has compiled the blocks; was anything fused, if that was asked for?"
+    if run.fused is not None: check_fused(run.fused)
+    run.fused = None
+
+def _bar(run:Trainer, progress:bool):
+    often = .1 if sys.stderr.isatty() or 'ipykernel' in sys.modules else 30.    # seconds; a log file is not a screen
+    return tqdm(total=run.config.train.steps, initial=run.step, unit='step', mininterval=often, maxinterval=often,
+                disable=not progress or run.rank > 0)
+
+# %% ../../nbs/65_train.trainer.ipynb #validation-loss
+def validation_loss(run:Trainer)->float: # nats per token, the same on every rank
+    "Mean loss of the run's held-out text, as far as `train.eval_sequences` goes"
+    c = run.config
+    sums = evaluate(run.model, run.held_out, c.data.seq_len, c.train.eval_sequences, dtype=run.dtype, bos_id=run.bos_id, share=run.share)
+    loss, count = run.total(sums).tolist()
+    return loss/count
+
+# %% ../../nbs/65_train.trainer.ipynb #run-log
 class RunLog:
-    "Writes down the steps of a run, on a GPU one step behind it; every rank keeps one, rank 0 has the pen"
+    "The numbers of a run's steps, on a GPU one step behind it; every rank keeps one, rank 0 has the pen"
     def __init__(self, run:Trainer, bar):
-        self.run, self.bar, self.behind, self.signals = run, bar, run.device.type == 'cuda', []
+        self.run, self.bar, self.behind = run, bar, run.device.type == 'cuda'
+        self.signals, self.after_step = [], []
+        self.pending, self.mark, self.saved = None, time.perf_counter(), run.step
         self.metrics = on_all_ranks(lambda: Metrics(run.out, run.step) if run.rank == 0 else None)
         self.spikes = SpikeGuard(run.config.train.spike_sigmas)
-        for row in self.metrics.newest if self.metrics else (): self.spikes.look(row['step'], row['loss'] or math.nan)
-        self.pending, self.mark, self.saved = None, time.perf_counter(), run.step
+        for row in self.metrics.newest if self.metrics else ():
+            self.spikes.look(row['step'], row['loss'] or math.nan)
+
     def __enter__(self): return self
     def __exit__(self, *error):
         if self.metrics: self.metrics.close()
 
     def add(self, row:dict):
         "Take a step's row, and write down what is ready"
-        row['on_the_way'] = StepInFlight([row.pop('loss'), row.pop('grad_norm'), *row.pop('signals')])
+        row['in_flight'] = StepInFlight([row.pop('loss'), row.pop('grad_norm'), *row.pop('signals')])
         if self.behind: self.pending, row = row, self.pending
         if row: self._write(row)
+        for action in self.after_step: action()
 
     def _write(self, row:dict):
         now = time.perf_counter()
-        (row, signals), self.mark = finish_step(self.run, row, now - self.mark), now
+        row, signals = finish_step(self.run, row, now - self.mark)
+        self.mark = now
         self.signals = self.signals or signals
         if not self.metrics: return
-        if spike := self.spikes.look(row['step'], row['loss'] or math.nan): self.run.report(spike)
+        loss = row['loss'] or math.nan
+        if spike := self.spikes.look(row['step'], loss): self.run.report(spike)
         self.metrics.add(row)
-        self.bar.set_postfix_str(f'loss {row["loss"] or math.nan:.3f}, {row["tokens_per_second"]:,.0f} tokens/s', refresh=False); self.bar.update()
+        self.bar.set_postfix_str(f'loss {loss:.3f}, {row["tokens_per_second"]:,.0f} tokens/s', refresh=False)
+        self.bar.update()
 
     def catch_up(self):
         "Write down everything that was done"
-        if self.pending: row, self.pending = self.pending, None; self._write(row)
+        row, self.pending = self.pending, None
+        if row: self._write(row)
 
     def validate(self):
         "Add the held-out loss to the last step"
         self.catch_up()
-        run, c = self.run, self.run.config
-        loss, count = run.total(evaluate(run.model, run.held_out, c.data.seq_len, c.train.eval_sequences, dtype=run.dtype, bos_id=run.bos_id, share=run.share)).tolist()
-        if self.metrics: self.metrics.amend('held_out_loss', loss/count)
+        loss = validation_loss(self.run)
+        if self.metrics: self.metrics.amend('held_out_loss', loss)
         self.mark = time.perf_counter()
 
     def checkpoint(self):
@@ -374,11 +436,21 @@ class RunLog:
         self.catch_up()
         self.run.saver.wait()                                          # it talks over the group that `on_rank_zero` needs
         on_rank_zero(self._publish)
-        save(self.run); self.saved = self.run.step
+        save(self.run)
+        self.saved = self.run.step
         gc.collect()
         self.mark = time.perf_counter()
 
-    def _publish(self): self.metrics.sync(); self.metrics.draw(self.run.out/'loss.png', at_once=bool(self.signals) or self.run.step == self.run.config.train.steps)
+    def _publish(self):
+        last = bool(self.signals) or self.run.step == self.run.config.train.steps
+        self.metrics.sync()
+        self.metrics.draw(self.run.out/'loss.png', at_once=last)
+
+    def finish(self):
+        "Save the last step, and wait until it is safe"
+        self.catch_up()
+        if self.saved != self.run.step: self.checkpoint()
+        self.run.saver.wait()
 
 # %% ../../nbs/65_train.trainer.ipynb #quiet-gc
 @contextmanager
@@ -394,6 +466,6 @@ def quiet_gc(every:int=50): # steps between two looks at the young objects
 # %% ../../nbs/65_train.trainer.ipynb #ranks-trial
 def _trial(path:str)->list[float]:
     "Losses of a run that goes on to its end on these ranks"
-    run = Trainer(load_run(path), report=lambda line: None)
+    run = start_run(load_run(path), report=lambda line: None)
     fit(run, progress=False)
     return [row['loss'] for row in read_metrics(run.out/'metrics.jsonl')]
