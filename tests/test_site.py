@@ -140,7 +140,8 @@ def test_each_exported_cell_says_where_it_is_exported_to(site, notebooks):
         exported = [c['id'] for c in cells if marks(c) & {'export', 'exporti'}]
         assert [i for i in page.ids if i.startswith('cell-')] == [f'cell-{i}' for i in exported], name
         assert page.words['tag_exported'] == page.words['exported'] == len(exported), name
-        modules = [m[1].replace('.', '/') for c in cells if (m := re.match(r'#\| default_exp (\S+)', source(c)))]
+        named = [re.match(r'#\| default_exp (\S+)', source(c)) for c in cells]
+        modules = [m[1].replace('.', '/') for m in named if m]
         assert all(page.prose.count(f'llama_nb/{m}.py') >= len(exported) for m in modules), name
         shown += len(exported)
     assert shown > 200
@@ -206,7 +207,8 @@ def test_a_broken_link_is_seen(tmp_path, repository):
     (tmp_path/'a.html').write_text('<h1 id="top">A</h1>' + links(a))
     (tmp_path/'b.html').write_text('<img src="no.png">' + links(b))
     assert broken_links(Site(tmp_path), repository) == [
-        'a.html -> #gone', 'a.html -> b.html#x', 'a.html -> c.html', f'b.html -> {repository}no.md', 'b.html -> no.png']
+        'a.html -> #gone', 'a.html -> b.html#x', 'a.html -> c.html',
+        f'b.html -> {repository}no.md', 'b.html -> no.png']
 
 # --- no other host ---------------------------------------------------------------------------------
 
@@ -348,7 +350,7 @@ def test_parameters_carry_the_comments_that_fastcore_reads():
         loaded = importlib.import_module(module.name)
         for symbol in module.symbols:
             thing = getattr(loaded, symbol.name)
-            if not inspect.isfunction(thing) and not inspect.isclass(thing): continue     # fastcore reads no others
+            if not inspect.isfunction(thing) and not inspect.isclass(thing): continue     # not fastcore's
             theirs = docments(thing, args_kwargs=True)
             for name, _, _, note in symbol.rows:
                 expected = theirs.get('return' if name == 'returns' else name.lstrip('*')) or ''

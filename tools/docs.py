@@ -3,7 +3,7 @@
 Sphinx reads copies of the notebooks in build/docs, in which hidden cells are left out, each exported cell
 carries the name of its module, and checks are folded. Nothing is run, and nothing is fetched.
 """
-import ast, html, re, shutil, sys, tomllib
+import ast, re, shutil, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 from api import write_api
