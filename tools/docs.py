@@ -91,7 +91,7 @@ def place(folder:Path, match)->str:
     path = (NBS/match[2]).resolve()
     if not path.is_file(): sys.exit(f'a page shows {match[2]}, which is not in the repository')
     name = path.relative_to(ROOT).as_posix()
-    to = folder/('pages' if match[1].startswith('!') else 'extra')/name     # HTML in a page is not looked into
+    to = folder/('pages' if match[1].startswith('!') else 'extra')/name     # HTML is not looked into
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, to)
     return match[1] + name
