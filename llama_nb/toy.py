@@ -24,7 +24,7 @@ from .train.trainer import evaluate, fit, start_run
 
 # %% ../nbs/34_toy.ipynb #zlib
 def zlib_bits_per_byte(docs:Iterable[Document])->float:
-    "Bits a byte of `zlib` at its strongest, applied document by document"
+    "Bits per byte of `zlib` at its strongest, applied document by document"
     raw = [d.text.encode() for d in docs]
     return 8*sum(len(zlib.compress(r, 9)) for r in raw)/sum(map(len, raw))
 
@@ -39,7 +39,8 @@ class Trigram:
         self.grams = [self._count(rows, order) for order in (1, 2, 3)]
 
     def _keys(self, rows, order):                            # each gram as a number to the base v
-        return sum(rows[:, i:rows.shape[1]-order+1+i]*self.v**(order-1-i) for i in range(order))
+        last = rows.shape[1] - order + 1
+        return sum(rows[:, i:last + i]*self.v**(order - 1 - i) for i in range(order))
 
     def _count(self, rows, order):
         keys, counts = np.unique(self._keys(rows, order), return_counts=True)
@@ -51,13 +52,15 @@ class Trigram:
         p = 1/self.v
         for order, (keys, counts, heads, totals, kinds) in enumerate(self.grams, 1):
             wanted = self._keys(rows, order)[:, 3-order:]
-            seen, total, kind = look_up(keys, counts, wanted), look_up(heads, totals, wanted//self.v), look_up(heads, kinds, wanted//self.v)
+            seen = look_up(keys, counts, wanted)
+            total = look_up(heads, totals, wanted//self.v)
+            kind = look_up(heads, kinds, wanted//self.v)
             p = np.where(total > 0, (seen + kind*p)/np.maximum(total + kind, 1), p)
         return p
 
 # %% ../nbs/34_toy.ipynb #look-up
 def look_up(keys:np.ndarray,   # sorted, unique
-            values:np.ndarray, # one a key
+            values:np.ndarray, # one per key
             wanted:np.ndarray, # any shape
            )->np.ndarray:      # shape of `wanted`; 0 where a key is missing
     "Values of the wanted keys"
@@ -68,7 +71,7 @@ def look_up(keys:np.ndarray,   # sorted, unique
 def trigram_bits_per_byte(loader:Loader, # what the network learns from
                           steps:int,     # ... in so many steps
                           held_out:TokenShards)->float:
-    "Held-out bits a byte of a trigram model trained on the tokens of the first `steps` batches"
+    "Bits per byte on held-out text of a trigram model trained on the tokens of the first `steps` batches"
     batches = (loader.batch(i) for i in range(steps))
     rows = np.concatenate([np.concatenate((x[:, :1], y), axis=1) for x, y in batches])
     tokens = held_out.read(0, held_out.n_tokens).astype(np.int64)[None]
@@ -79,18 +82,21 @@ def trigram_bits_per_byte(loader:Loader, # what the network learns from
 def prepare(out,               # the run's folder
             vocab_size:int,    # of the tokenizer
             report=print,
-           )->tuple[Tokenizer, float]: # the tokenizer, and zlib's bits a byte on the held-out documents
+           )->tuple[Tokenizer, float]: # the tokenizer, and zlib's bits per byte on the held-out documents
     "Documents -> tokenizer -> shards, in `out`; what is there already is used again"
     out = Path(out)
     train, held_out = split_documents([*stdlib_documents(), *topic_documents()], 0.05)
     size = sum(len(d.text.encode()) for d in train)
-    report(f'text       {len(train):,} documents of your Python, {size/1e6:.1f} MB; {len(held_out)} more are held out')
+    report(f'text       {len(train):,} documents of your Python, {size/1e6:.1f} MB; '
+           f'{len(held_out)} more are held out')
     path = out/'tokenizer.model'
-    tokenizer = Tokenizer(path) if path.exists() else train_tokenizer((d.text for d in train[::4]), path, vocab_size)
+    if not path.exists(): train_tokenizer((d.text for d in train[::4]), path, vocab_size)
+    tokenizer = Tokenizer(path)
     for name, docs in (('train', train), ('held_out', held_out)):
         folder = out/'tokens'/name
         shards = TokenShards(folder) if folder.exists() else write_shards(docs, tokenizer, folder)
-    report(f'tokenizer  {tokenizer.vocab_size:,} pieces, {shards.n_bytes/shards.n_tokens:.2f} bytes a token')
+    per_token = shards.n_bytes/shards.n_tokens
+    report(f'tokenizer  {tokenizer.vocab_size:,} tokens, {per_token:.2f} bytes per token')
     return tokenizer, zlib_bits_per_byte(held_out)
 
 # %% ../nbs/34_toy.ipynb #toy-config
@@ -100,23 +106,30 @@ def toy_config(out,           # the run's folder
                device:str='auto',
                model=PRESETS['toy'],
               )->RunConfig:
-    "The toy's run: 4 x 256 tokens a step"
+    "The toy's run: 4 x 256 tokens per step"
     if steps < 2: raise UserError(f'steps must be at least 2, not {steps}')
-    data = DataConfig(str(Path(out)/'tokens'/'train'), str(Path(out)/'tokens'/'held_out'), seq_len=model.max_seq_len, batch_size=4)
+    tokens = Path(out)/'tokens'
+    data = DataConfig(str(tokens/'train'), str(tokens/'held_out'), seq_len=model.max_seq_len, batch_size=4)
     train = TrainConfig(steps=steps, micro_batch_size=4, seed=seed, device=device, dtype='float32',
                         eval_every=max(steps//6, 1), eval_sequences=64, save_every=max(steps//3, 1))
-    return RunConfig(str(out), model, data, train, OptimConfig(lr=3e-3, warmup_steps=max(steps//20, 1)))
+    optim = OptimConfig(lr=3e-3, warmup_steps=max(steps//20, 1))
+    return RunConfig(str(out), model, data, train, optim)
 
 # %% ../nbs/34_toy.ipynb #write-samples
 PROMPTS = ('def ', 'class ', 'import ', 'for i in range(', 'The ')
 
-def write_samples(model, tokenizer:Tokenizer, path, n_tokens:int=120, temperature:float=.7, top_p:float=.9, seed:int=0)->str:
+def write_samples(model,
+                  tokenizer:Tokenizer,
+                  path,              # of the file
+                  n_tokens:int=120,  # new ones, at most
+                  temperature:float=.7, top_p:float=.9, seed:int=0)->str:
     "Continue `PROMPTS` and write the texts to `path`; returns them"
     prompts = [tokenizer.encode(p) for p in PROMPTS]
     room = min(n_tokens, model.config.max_seq_len - max(map(len, prompts)))
     rows = generate(model, prompts, room, temperature, top_p, seed, tokenizer.eos_id)
-    head = f'# temperature {temperature}, top-p {top_p}, seed {seed}\n'
-    text = head + ''.join(f'\n----- {p!r}\n{tokenizer.decode([*ids, *new])}\n' for p, ids, new in zip(PROMPTS, prompts, rows))
+    text = f'# temperature {temperature}, top-p {top_p}, seed {seed}\n'
+    for prompt, ids, new in zip(PROMPTS, prompts, rows):
+        text += f'\n----- {prompt!r}\n{tokenizer.decode([*ids, *new])}\n'
     write_atomic(path, text)
     return text
 
@@ -126,14 +139,17 @@ def toy(config:RunConfig, # as from `toy_config`
         report=print,
         ready=lambda run: run, # called with the `Trainer` before it trains, such as `prepare_run`
        )->dict|None:      # the results, or None if it was stopped
-    "Prepare, train, measure, sample: everything once, in one folder"
+    "Prepare, train, evaluate, sample: everything once, in one folder"
     tokenizer, zlib_bits = prepare(config.out, config.model.vocab_size, report)
     run = ready(start_run(config, report=report))
-    report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {config.data.batch_size*config.data.seq_len:,} tokens on {run.device}')
+    batch = config.data.batch_size*config.data.seq_len
+    report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {batch:,} tokens '
+           f'on {run.device}')
     if fit(run, progress): return None
     nats = evaluate(run.model, run.held_out, config.data.seq_len)[0].item()
+    trigram = trigram_bits_per_byte(run.loader, run.step, run.held_out)
     results = {'llama': bits_per_byte(nats, run.held_out.n_bytes), 'zlib -9': zlib_bits,
-               'trigram': trigram_bits_per_byte(run.loader, run.step, run.held_out), 'tokens': run.step*config.data.batch_size*config.data.seq_len}
+               'trigram': trigram, 'tokens': run.step*batch}
     write_atomic(run.out/'results.json', json.dumps(results, indent=1) + '\n')
     write_samples(run.model, tokenizer, run.out/'samples.txt')
     report(summary(results, run.out))
@@ -142,9 +158,10 @@ def toy(config:RunConfig, # as from `toy_config`
 # %% ../nbs/34_toy.ipynb #summary
 def summary(results:dict, out)->str: # several lines
     "The results as a small table, best first"
+    about = {'llama': 'this model', 'trigram': 'trained on the same tokens',
+             'zlib -9': 'document by document'}
     scores = sorted((bits, name) for name, bits in results.items() if name != 'tokens')
-    lines = [f'  {name:<9}{bits:6.3f}' for bits, name in scores]
-    about = {'llama': 'this model', 'trigram': 'trained on the same tokens', 'zlib -9': 'document by document'}
-    lines = [f'{line}   {about[name]}' for line, (_, name) in zip(lines, scores)]
-    return '\n'.join([f'\nbits a byte of held-out text, after {results["tokens"]:,} tokens (less is better)', *lines,
-                      f'\n{Path(out)/"loss.png"}     the loss curve', f'{Path(out)/"samples.txt"}  what it writes'])
+    head = f'\nbits per byte of held-out text, after {results["tokens"]:,} tokens (less is better)'
+    lines = [f'  {name:<9}{bits:6.3f}   {about[name]}' for bits, name in scores]
+    files = [f'\n{Path(out)/"loss.png"}     the loss curve', f'{Path(out)/"samples.txt"}  what it writes']
+    return '\n'.join([head, *lines, *files])

@@ -13,13 +13,15 @@ import sentencepiece
 from ..core import UserError, bytes_digest, write_atomic
 
 # %% ../../nbs/10_data.tokenizer.ipynb #spec
-LLAMA_SPEC = dict(model_type='bpe', character_coverage=0.99995, input_sentence_size=200_000_000, max_sentence_length=4192,
-                  split_digits=True, byte_fallback=True, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+LLAMA_SPEC = dict(model_type='bpe', character_coverage=0.99995,
+                  input_sentence_size=200_000_000, max_sentence_length=4192,
+                  split_digits=True, byte_fallback=True, allow_whitespace_only_pieces=True,
+                  unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
                   normalization_rule_name='identity', add_dummy_prefix=True, remove_extra_whitespaces=False)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #lines
 def training_lines(texts:Iterable[str],
-                   longest:int=4192 # bytes
+                   longest:int=4192 # bytes per line
                   )->Iterator[str]:
     "Lines of the texts, none empty, none longer than `longest` bytes"
     for text in texts:
@@ -30,6 +32,22 @@ def training_lines(texts:Iterable[str],
                 line = line[len(head):]
             if line: yield line
 
+# %% ../../nbs/10_data.tokenizer.ipynb #open-model
+def _open_model(path:Path, data:bytes)->sentencepiece.SentencePieceProcessor:
+    "The model in `data`. Raises `UserError` if it is none"
+    try: model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError: model = None
+    if model is None or not model.vocab_size():
+        raise UserError(f'{path} is not a SentencePiece model; make one with `llama-nb tokenizer`')
+    return model
+
+def _check_unicode(text:str):
+    "Raise `UserError` for lone surrogates"
+    try: text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f'the text has a lone surrogate, {text[e.start]!r}, at character {e.start}: '
+                        'it is no Unicode text; was its file decoded wrongly?') from None
+
 # %% ../../nbs/10_data.tokenizer.ipynb #tokenizer
 class Tokenizer:
     "A SentencePiece model. Raises `UserError` for a file that is not one"
@@ -37,12 +55,11 @@ class Tokenizer:
         self.path = Path(path)
         try: data = self.path.read_bytes()
         except OSError as e: raise UserError(f'cannot read the tokenizer {path}: {e.strerror}') from None
-        try: self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError: self._sp = None
-        if self._sp is None or not self._sp.vocab_size(): raise UserError(f'{path} is not a SentencePiece model; make one with `llama-nb tokenizer`')
+        self._sp = sp = _open_model(path, data)
         self.digest = bytes_digest(data)
-        self.vocab_size = self._sp.vocab_size()
-        self.unk_id, self.bos_id, self.eos_id, self.pad_id = self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
+        self.vocab_size = sp.vocab_size()
+        self.unk_id, self.bos_id = sp.unk_id(), sp.bos_id()
+        self.eos_id, self.pad_id = sp.eos_id(), sp.pad_id()
 
     def encode(self,
                text:str,
@@ -50,8 +67,7 @@ class Tokenizer:
                eos:bool=False, # end with </s>
               )->list[int]:
         "Ids of `text`. Raises `UserError` for lone surrogates"
-        try: text.encode()
-        except UnicodeEncodeError as e: raise UserError(f'the text has a lone surrogate, {text[e.start]!r}, at character {e.start}: it is no Unicode text; was its file decoded wrongly?') from None
+        _check_unicode(text)
         return [self.bos_id]*bos + self._sp.encode(text) + [self.eos_id]*eos
 
     def decode(self,
@@ -60,19 +76,27 @@ class Tokenizer:
         "Text of `ids`; special tokens give none. Raises `UserError` for ids out of range"
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if wrong is not None: raise UserError(f'token ids must lie in 0..{self.vocab_size-1}, not {wrong}; were they made by another tokenizer?')
+        if wrong is not None:
+            raise UserError(f'token ids must lie in 0..{self.vocab_size-1}, not {wrong}; '
+                            'were they made by another tokenizer?')
         return self._sp.decode(ids)
 
-    def pieces(self, text:str)->list[str]: "The pieces of `text`, to look at"; return self._sp.encode(text, out_type=str)
+    def pieces(self, text:str)->list[str]:
+        "The pieces of `text`, to look at"
+        return self._sp.encode(text, out_type=str)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #train
 def train_tokenizer(texts:Iterable[str],
                     path,                # where the model file goes
                     vocab_size:int=32000,
                    )->Tokenizer:
-    "Learn a tokenizer with LLaMA's settings (section 2.1). Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text"
+    """Learn a tokenizer with LLaMA's settings (section 2.1).
+
+    Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text"""
     model = io.BytesIO()
-    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=training_lines(texts), model_writer=model, vocab_size=vocab_size, minloglevel=5, **LLAMA_SPEC)
+    settings = dict(LLAMA_SPEC, vocab_size=vocab_size, minloglevel=5)
+    lines = training_lines(texts)
+    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     except RuntimeError as e: raise UserError(_explain(str(e), vocab_size)) from None
     write_atomic(path, model.getvalue())
     return Tokenizer(path)
@@ -81,7 +105,12 @@ def train_tokenizer(texts:Iterable[str],
 def _explain(message:str, vocab_size:int)->str:
     "SentencePiece's complaint in one line that says what to do"
     number = ''.join(c for c in message.rsplit('<=', 1)[-1] if c.isdigit())
-    if 'sentences_.empty' in message: return 'there is no text to learn a tokenizer from; give it documents'
-    if 'too high' in message: return f'the text is too small for vocab_size {vocab_size}; it gives at most {number}: lower vocab_size or add text'
-    if 'required_chars' in message: return f'vocab_size {vocab_size} does not hold all single characters, bytes and special tokens of this text; raise it'
+    if 'sentences_.empty' in message:
+        return 'there is no text to learn a tokenizer from; give it documents'
+    if 'too high' in message:
+        return (f'the text is too small for vocab_size {vocab_size}; it gives at most {number}: '
+                'lower vocab_size or add text')
+    if 'required_chars' in message:
+        return (f'vocab_size {vocab_size} does not hold all single characters, bytes and special tokens '
+                'of this text; raise it')
     return f'SentencePiece could not learn from this text: {message}'

@@ -17,7 +17,10 @@ from ..core import UserError
 # %% ../../nbs/33_infer.generate.ipynb #kv-cache
 class KVCache:
     "Keys and values of one layer for at most `length` tokens"
-    def __init__(self, length:int): self.length, self.used, self.k, self.v = length, 0, None, None
+    def __init__(self, length:int):
+        self.length, self.used = length, 0
+        self.k = self.v = None
+
     def __len__(self): return self.used
 
     def append(self,
@@ -25,29 +28,34 @@ class KVCache:
                v:Tensor, # (b, t, h, k) their values
               )->tuple[Tensor, Tensor]: # (b, s, h, k) all keys and values so far
         "Store new keys and values behind the old ones"
-        if self.k is None:
-            b, _, *rest = k.shape
-            self.k, self.v = k.new_empty(b, self.length, *rest), v.new_empty(b, self.length, *rest)
-        start, self.used = self.used, self.used + k.shape[1]
-        self.k[:, start:self.used], self.v[:, start:self.used] = k, v
+        if self.k is None: self._reserve(k, v)
+        new = slice(self.used, self.used + k.shape[1])
+        self.k[:, new], self.v[:, new] = k, v
+        self.used = new.stop
         return self.k[:, :self.used], self.v[:, :self.used]
+
+    def _reserve(self, k:Tensor, v:Tensor):
+        b, _, *rest = k.shape
+        self.k = k.new_empty(b, self.length, *rest)
+        self.v = v.new_empty(b, self.length, *rest)
 
 # %% ../../nbs/33_infer.generate.ipynb #top-p
 def keep_top_p(probs:Tensor, # (b, v)
                top_p:float,  # 0 < top_p <= 1
               )->Tensor:     # (b, v), zero outside the nucleus, not normalised
-    "Keep the smallest set of most likely tokens with a probability of at least `top_p` together (Holtzman et al. 2020)"
+    "The smallest set of most likely tokens that reach `top_p` together: the nucleus (Holtzman et al. 2020)"
     if top_p >= 1: return probs
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered                    # what the more likely ones reach without this one
+    before = ordered.cumsum(-1) - ordered            # what the more likely ones reach without this one
     return torch.zeros_like(probs).scatter(-1, ids, ordered*(before < top_p))
 
 # %% ../../nbs/33_infer.generate.ipynb #row-generators
 def row_generators(prompts:list[list[int]],
                    seed:int=None, # fresh randomness if None
-                  )->list[torch.Generator]:
-    "One random stream a prompt, independent of the other prompts in the batch"
-    seed, seen, streams = secrets.randbits(63) if seed is None else seed, Counter(), []
+                  )->list[torch.Generator]: # one per prompt
+    "A random stream for each prompt, independent of the other prompts in the batch"
+    if seed is None: seed = secrets.randbits(63)
+    seen, streams = Counter(), []
     for prompt in map(tuple, prompts):
         digest = hashlib.sha256(repr((seed, prompt, seen[prompt])).encode()).digest()
         streams.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], 'big')))
@@ -55,32 +63,37 @@ def row_generators(prompts:list[list[int]],
     return streams
 
 # %% ../../nbs/33_infer.generate.ipynb #pick-next
-def pick_next(logits:Tensor,                  # (b, v) scores of the last position
+def pick_next(logits:Tensor,                  # (b, v) logits of the last position
               temperature:float,              # 0 takes the most likely
-              top_p:float,
-              streams:list[torch.Generator],  # one a row
+              top_p:float,                    # probability of the nucleus
+              streams:list[torch.Generator],  # one per row
              )->Tensor:                       # (b,) int64
     "Choose the next token of every row"
     if temperature == 0: return logits.argmax(-1)
     probs = keep_top_p((logits.double()/temperature).softmax(-1), top_p)
     total = probs.cumsum(-1)
-    u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in streams]).to(logits.device)
-    picked = torch.searchsorted(total, (u*total[:, -1])[:, None], right=True)[:, 0]
+    draws = [torch.rand((), generator=g, dtype=torch.float64) for g in streams]
+    u = torch.stack(draws).to(logits.device)*total[:, -1]
+    picked = torch.searchsorted(total, u[:, None], right=True)[:, 0]
     return picked.clamp(max=logits.shape[-1]-1)
 
 # %% ../../nbs/33_infer.generate.ipynb #left-pad
-def left_pad(prompts:list[list[int]], device=None)->tuple[Tensor, Tensor, Tensor|None]:
-    "tokens (b, t), positions (b, t) and visible (b, t); the last is None if nothing is padded"
+def left_pad(prompts:list[list[int]], # b of them, the longest t tokens long
+             device=None,
+            )->tuple[Tensor, Tensor, Tensor|None]: # tokens, positions (int64), visible (bool), each (b, t)
+    "Rows of equal length, filled up in front; `visible` is None if nothing is padded"
     t = max(map(len, prompts))
     tokens = torch.tensor([[0]*(t - len(p)) + list(p) for p in prompts], device=device)
     padding = torch.tensor([t - len(p) for p in prompts], device=device)[:, None]
     places = torch.arange(t, device=device) - padding
-    return tokens, places.clamp(min=0), places >= 0 if padding.any() else None
+    visible = places >= 0 if padding.any() else None
+    return tokens, places.clamp(min=0), visible
 
 # %% ../../nbs/33_infer.generate.ipynb #generate-steps
 @torch.inference_mode()
-def generate_steps(model, prompts, max_new_tokens, temperature=0., top_p=1., seed=None, eos_id=None)->Iterator[list[int|None]]:
-    "Like `generate`, but yields each step as it is made: one new id a prompt, None where the text has ended"
+def generate_steps(model, prompts, max_new_tokens, temperature=0., top_p=1., seed=None, eos_id=None
+                  )->Iterator[list[int|None]]:
+    "Like `generate`, but step by step: one new id per prompt, None where the text has ended"
     check_request(model, prompts, max_new_tokens, temperature, top_p)
     tokens, positions, visible = left_pad(prompts, next(model.parameters()).device)
     caches = [KVCache(tokens.shape[1] + max_new_tokens) for _ in model.layers]
@@ -98,13 +111,15 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0., top_p=1., see
 # %% ../../nbs/33_infer.generate.ipynb #check-request
 def check_request(model, prompts, max_new_tokens, temperature, top_p):
     "Raise `UserError` for what cannot be generated"
-    if not all(len(p) for p in prompts): raise UserError('a prompt needs at least one token; begin with the tokenizer\'s bos_id')
+    if not all(len(p) for p in prompts):
+        raise UserError('a prompt needs at least one token; begin with the tokenizer\'s bos_id')
     if temperature < 0: raise UserError(f'temperature must be 0 (greedy) or more, not {temperature}')
     if not 0 < top_p <= 1: raise UserError(f'top_p must lie above 0 and be at most 1, not {top_p}')
     if max_new_tokens < 1: raise UserError(f'max_new_tokens must be at least 1, not {max_new_tokens}')
     longest, room = max(map(len, prompts)), model.config.max_seq_len
-    if longest + max_new_tokens > room:
-        raise UserError(f'a prompt of {longest} tokens and {max_new_tokens} new ones are more than max_seq_len {room}; ask for at most {max(room - longest, 0)}')
+    if longest + max_new_tokens <= room: return
+    raise UserError(f'a prompt of {longest} tokens and {max_new_tokens} new ones are more than '
+                    f'max_seq_len {room}; ask for at most {max(room - longest, 0)}')
 
 # %% ../../nbs/33_infer.generate.ipynb #generate
 def generate(model,                    # a LLaMA
@@ -115,7 +130,7 @@ def generate(model,                    # a LLaMA
              seed:int=None,            # fresh randomness if None
              eos_id:int=None,          # a row ends with this token
             )->list[list[int]]:        # new ids of each prompt, eos_id included where it came
-    "Continue every prompt. Raises `UserError` for empty prompts, for texts beyond `max_seq_len` and for settings out of range"
+    "Continue every prompt. Raises `UserError` for empty prompts, too long texts, settings out of range"
     if not prompts: return []
     steps = generate_steps(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id)
     return [[i for i in row if i is not None] for row in zip(*steps)]
@@ -124,13 +139,14 @@ def generate(model,                    # a LLaMA
 def stream_text(tokenizer,          # has .decode(ids) -> str
                 prompt:list[int],   # ids that came before
                 ids:Iterable[int],  # new ids, one by one
-               )->Iterator[str]:    # pieces of text that add up to the continuation
+               )->Iterator[str]:    # stretches of text that add up to the continuation
     "Decode token by token; a character is given out when all of its bytes are there"
     seen, given = list(prompt), len(tokenizer.decode(prompt))
     for i in ids:
         seen.append(i)
         text = tokenizer.decode(seen)
-        if text.endswith('\ufffd') : continue
+        if text.endswith('\ufffd'): continue
         if len(text) > given: yield text[given:]
         given = max(given, len(text))
-    if len(rest := tokenizer.decode(seen)) > given: yield rest[given:]
+    rest = tokenizer.decode(seen)
+    if len(rest) > given: yield rest[given:]

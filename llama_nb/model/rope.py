@@ -14,9 +14,10 @@ from ..core import UserError
 # %% ../../nbs/21_model.rope.ipynb #frequencies
 def frequencies(k:int,               # head width, even
                 theta:float=10000.0, # base of the wavelengths
-               )->Tensor:            # (k/2,) float64, radians a token
+               )->Tensor:            # (k/2,) float64, radians per token
     "Angle by which each pair of coordinates turns from one token to the next. Raises `UserError` for odd `k`"
-    if k % 2: raise UserError(f'rotary embedding turns pairs of coordinates, so the head width must be even, not {k}')
+    if k % 2:
+        raise UserError(f'rotary embedding turns pairs of coordinates, so the head width must be even, not {k}')
     return theta**(-torch.arange(0, k, 2, dtype=torch.float64)/k)
 
 # %% ../../nbs/21_model.rope.ipynb #rotation-table
@@ -31,17 +32,23 @@ def rotation_table(k:int,               # head width
 
 # %% ../../nbs/21_model.rope.ipynb #apply-rotary
 def apply_rotary(x:Tensor,        # (b, t, h, k) queries or keys
-                 rotation:Tensor, # (t, k/2) or (b, t, k/2) complex, one row a position
+                 rotation:Tensor, # (t, k/2) or (b, t, k/2) complex, one row per position
                 )->Tensor:        # (b, t, h, k), dtype of x
     "Turn each pair of neighbouring coordinates by the angle of its position (Su et al. 2021, section 3.2)"
     wide = x if x.dtype == torch.float64 else x.float()
     turn = _turn_real if torch.compiler.is_compiling() else _turn_complex
-    return turn(wide.unflatten(-1, (-1, 2)), rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)
+    pairs = wide.unflatten(-1, (-1, 2))
+    turned = turn(pairs, rotation.unsqueeze(-2)) # the same rotation in all heads
+    return turned.flatten(-2).to(x.dtype)
 
-def _turn_complex(pairs, rotation): return torch.view_as_real(torch.view_as_complex(pairs)*rotation)
+def _turn_complex(pairs, rotation): # (..., k/2, 2), and complex (..., k/2)
+    "Pairs times rotations, as complex numbers"
+    return torch.view_as_real(torch.view_as_complex(pairs)*rotation)
 
 def _turn_real(pairs, rotation):
-    (a, b), (c, s) = pairs.unbind(-1), torch.view_as_real(rotation).unbind(-1)
+    "The same product, written out in real numbers"
+    a, b = pairs.unbind(-1)
+    c, s = torch.view_as_real(rotation).unbind(-1)
     return torch.stack((a*c - b*s, a*s + b*c), -1)
 
 # %% ../../nbs/21_model.rope.ipynb #neighbours-to-halves

@@ -37,28 +37,31 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 # %% ../../nbs/24_model.transformer.ipynb #init-weights
-def weight_std(name:str,          # of a parameter, such as layers.0.attention.wo.weight
+def weight_std(name:str,       # of a parameter, such as layers.0.attention.wo.weight
                n_layers:int,
-               std:float=0.02,    # of the matrices that do not write into the stream
-              )->float|None:      # standard deviation of its first numbers; None for a gain, which starts as one
-    "How a parameter starts: those that write into the stream are smaller by sqrt(2 n_layers)"
+               std:float=0.02, # of the matrices that do not write into the stream
+              )->float|None:   # standard deviation at first; None for a norm weight, which starts as one
+    "How a parameter is initialised: those that write into the stream are smaller by sqrt(2 n_layers)"
     if name.endswith('norm.weight'): return None
-    return std/(2*n_layers)**0.5 if name.endswith(('wo.weight', 'w2.weight')) else std
+    writes = name.endswith(('wo.weight', 'w2.weight'))
+    return std/(2*n_layers)**0.5 if writes else std
 
 def init_weights(model:nn.Module, # a LLaMA
                  std:float=0.02,  # standard deviation
                 ):
-    "Normal weights as `weight_std` says; norm gains are one"
+    "Normal weights as `weight_std` says; norm weights are one"
     for name, p in model.named_parameters():
-        if (s := weight_std(name, model.config.n_layers, std)) is None: nn.init.ones_(p)
-        else: nn.init.normal_(p, std=s)
+        own_std = weight_std(name, model.config.n_layers, std)
+        if own_std is None: nn.init.ones_(p)
+        else: nn.init.normal_(p, std=own_std)
 
 # %% ../../nbs/24_model.transformer.ipynb #llama
 class LLaMA(nn.Module):
-    "The language model of section 2.2. Raises `UserError` for token ids out of range and for texts beyond `max_seq_len`"
+    "The language model of section 2.2. Raises `UserError` for ids out of range and texts beyond `max_seq_len`"
     def __init__(self, config:ModelConfig):
         super().__init__()
-        self.config, self._rotations = config, None
+        self.config = config
+        self._rotations = None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -67,21 +70,23 @@ class LLaMA(nn.Module):
 
     def forward(self,
                 tokens:Tensor,         # (b, t) int64
-                positions:Tensor=None, # (t,) or (b, t) int64, where each token stands; next after the cache if None
-                cache:list=None,       # one cache a layer, for generation
+                positions:Tensor=None, # (t,) or (b, t) int64, of each token; next after the cache if None
+                cache:list=None,       # one KV cache per layer, for generation
                 visible:Tensor=None,   # (b, s) bool, keys that may be looked at; all if None
                 borders:Tensor=None,   # (n+1,) int32, of documents in the b*t tokens, if none may see another
                )->Tensor:              # (b, t, v) logits
         return self.output(self.hidden(tokens, positions, cache, visible, borders))
 
-    def hidden(self, tokens:Tensor, positions:Tensor=None, cache:list=None, visible:Tensor=None, borders:Tensor=None)->Tensor: # (b, t, d)
+    def hidden(self, tokens:Tensor, positions:Tensor=None, cache:list=None,
+               visible:Tensor=None, borders:Tensor=None)->Tensor: # (b, t, d)
         "The normalised stream after the last layer: everything but the output matrix"
         check_tokens(tokens, self.config.vocab_size)
         if positions is None: positions = next_positions(tokens, cache, self.config.max_seq_len)
         if borders is not None: positions = document_positions(borders, *tokens.shape)
         rotation = self.rotations(tokens.device)[positions]
         x = to_autocast(self.tok_embeddings(tokens))
-        for i, layer in enumerate(self.layers): x = layer(x, rotation, cache[i] if cache else None, visible, borders)
+        caches = cache or [None]*len(self.layers)
+        for layer, own in zip(self.layers, caches): x = layer(x, rotation, own, visible, borders)
         return self.norm(x)
 
     @torch.inference_mode(False)       # the table may be made while generating and used while training
@@ -101,22 +106,27 @@ def check_tokens(tokens:Tensor, # (b, t) int64
     if tokens.device.type != 'cpu' or not tokens.numel(): return
     low, high = (x.item() for x in tokens.aminmax())
     if low < 0 or high >= vocab_size:
-        raise UserError(f'token ids must lie in 0..{vocab_size-1}, not {low}..{high}; was the text encoded by another tokenizer?')
+        raise UserError(f'token ids must lie in 0..{vocab_size-1}, not {low}..{high}; '
+                        'was the text encoded by another tokenizer?')
 
 def next_positions(tokens:Tensor, # (b, t)
-                   cache:list,    # one cache a layer, or None
+                   cache:list,    # one KV cache per layer, or None
                    longest:int,   # max_seq_len
                   )->Tensor:      # (t,) int64
     "Positions that follow what the cache holds. Raises `UserError` beyond `longest`"
     start = len(cache[0]) if cache else 0
     end = start + tokens.shape[1]
-    if end > longest: raise UserError(f'{end} tokens are more than max_seq_len {longest}; shorten the text or use a model with a longer context')
+    if end > longest:
+        raise UserError(f'{end} tokens are more than max_seq_len {longest}; '
+                        'shorten the text or use a model with a longer context')
     return torch.arange(start, end, device=tokens.device)
 
 # %% ../../nbs/24_model.transformer.ipynb #document-positions
-def document_positions(borders:Tensor, # (n+1,) int32, where documents begin in the b*t tokens; 0 first, b*t last
-                       b:int, t:int
+def document_positions(borders:Tensor, # (n+1,) int32, where documents begin; 0 first, b*t last
+                       b:int,          # sequences
+                       t:int,          # tokens per sequence
                       )->Tensor:       # (b, t) int64, 0 at the first token of each document
-    "Places within the documents. Raises `UserError` for borders that do not cut b sequences of t tokens"
+    "Positions within the documents. Raises `UserError` for borders that do not cut b sequences of t tokens"
     check_borders(borders, b, t)
-    return torch.arange(b*t, device=borders.device).view(b, t) - borders[document_numbers(borders, b, t)]
+    starts = borders[document_numbers(borders, b, t)]
+    return torch.arange(b*t, device=borders.device).view(b, t) - starts

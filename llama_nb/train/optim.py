@@ -17,21 +17,28 @@ from ..core import UserError
 def make_optimizer(model:nn.Module,    # its parameters stand where they will be trained
                    config:OptimConfig, # peak rate, betas, eps, weight decay
                   )->torch.optim.AdamW:
-    "AdamW as in section 2.3; matrices decay, gains do not; fused on CPU and CUDA"
+    "AdamW as in section 2.3; matrices decay, norm weights do not; fused on CPU and CUDA"
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{'params': [p for p in params if p.ndim >= 2], 'weight_decay': config.weight_decay},
-              {'params': [p for p in params if p.ndim < 2], 'weight_decay': 0.0}]
+    matrices = [p for p in params if p.ndim >= 2]
+    vectors = [p for p in params if p.ndim < 2]
+    groups = [{'params': matrices, 'weight_decay': config.weight_decay},
+              {'params': vectors, 'weight_decay': 0.0}]
+    groups = [g for g in groups if g['params']]
     fused = all(p.device.type in ('cpu', 'cuda') for p in params)
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    betas = config.beta1, config.beta2
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 # %% ../../nbs/31_train.optim.ipynb #clip-grad-norm
 def clip_grad_norm(parameters:Iterable[nn.Parameter],
                    max_norm:float, # longest gradient, over all parameters together
                   )->Tensor:       # scalar, the norm before clipping
-    "Scale all gradients by one factor so that their common norm is at most `max_norm` (Pascanu et al. 2013). Raises `UserError` for a limit that is not positive"
-    if not max_norm > 0: raise UserError(f'max_grad_norm must be above 0, not {max_norm}; use inf for no clipping')
+    """Scale all gradients by one factor, so that their common norm is at most `max_norm`.
+    Pascanu et al. (2013). Raises `UserError` for a limit that is not positive"""
+    if not max_norm > 0:
+        raise UserError(f'max_grad_norm must be above 0, not {max_norm}; use inf for no clipping')
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm      # of shared weights each rank has a part of the sum
+    sharded = hasattr(norm, 'full_tensor')                  # then each rank has a part of the sum
+    return norm.full_tensor() if sharded else norm
 
 # %% ../../nbs/31_train.optim.ipynb #cosine-lr
 def cosine_lr(step:int,           # 0 .. total_steps-1; later steps keep the last rate

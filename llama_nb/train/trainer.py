@@ -31,7 +31,7 @@ from ..parallel.mesh import data_rank, degrees, last_words, make_mesh, rank_and_
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, NonFiniteGuard, SpikeGuard, collective_seconds, stop_on_signal, watchdog
-from .loss import chunked_loss_sum
+from .chunked_loss import chunked_loss_sum
 from .metrics import Metrics, plot_loss, read_metrics
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
 from .recompute import RECOMPUTE, apply_recompute
