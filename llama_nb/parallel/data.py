@@ -75,4 +75,5 @@ def materialize(model:LLaMA, # on the meta device or not, shared or not
         mine = p.to_local() if isinstance(p, DTensor) else p
         std = weight_std(name, model.config.n_layers)
         if std is None: mine.fill_(1.)
-        else: _fill(name, p, mine, seed, std)
+        else:
+            _fill(name, p, mine, seed, std)

@@ -97,8 +97,10 @@ def on_all_ranks(action:Callable,              # called without arguments, on ev
     "Do something on all ranks. If it fails on any, all raise the first error as `kind`; alone, its own"
     if rank_and_size(group)[1] == 1: return action()
     result = error = None
-    try: result = action()
-    except catch as e: error = e
+    try:
+        result = action()
+    except catch as e:
+        error = e
     failed = torch.tensor(int(error is not None))
     dist.all_reduce(failed, group=group)
     if failed: _raise_first(error, group, kind, passing)
@@ -124,8 +126,10 @@ def on_rank_zero(action:Callable,              # called on rank 0 only; returns 
     if size == 1: return action()
     told, error = [None, None], None
     if rank == 0:
-        try: told[0] = action()
-        except catch as e: told[1], error = (error_line(e), is_temporary(e)), e
+        try:
+            told[0] = action()
+        except catch as e:
+            told[1], error = (error_line(e), is_temporary(e)), e
     dist.broadcast_object_list(told, group=group, group_src=0)
     if told[1] is None: return told[0]
     text, may_pass = told[1]

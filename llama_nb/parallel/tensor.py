@@ -52,7 +52,8 @@ def row_product(x:Tensor,      # (b, t, f/n) this rank's columns of the input
     "A linear layer whose input ranks share by columns, and the sum over them, as one operator"
     part = (_stretches(x, n) if scatter else x)@weight.T
     if scatter: total = _COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group)
-    else: total = _COLLECTIVES.all_reduce(part, 'sum', group)
+    else:
+        total = _COLLECTIVES.all_reduce(part, 'sum', group)
     return _COLLECTIVES.wait_tensor(total)
 
 @row_product.register_fake
