@@ -17,7 +17,7 @@ help:
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
 	@echo 'make gpu        on a machine with a GPU: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour; PARTS="graphs sync")'
 	@echo 'make prepare    after editing a notebook: clean, export, pictures, README'
-	@echo 'make docs       all pages as HTML in _docs'
+	@echo 'make docs       the site in _docs, with search and an index of all names (a minute; needs no PyTorch)'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
 	@echo 'With any of them: PYTHON=python3.12 (for a new .venv), TORCH=2.13.0, TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 
@@ -48,7 +48,7 @@ prepare: .venv/installed-dev
 	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
-docs: .venv/installed-dev
+docs: .venv/installed-docs
 	$(BIN)/python tools/docs.py
 
 clean:
@@ -83,4 +83,10 @@ endef
 
 .venv/installed-dev: .venv/torch settings.ini setup.py
 	$(call install,.[dev])
-	@touch .venv/installed $@
+	@touch .venv/installed .venv/installed-docs $@
+
+# The site reads notebooks and modules and runs nothing, so it needs neither the package nor PyTorch
+.venv/installed-docs: settings.ini setup.py | named
+	@echo "installing into .venv: what the site needs"
+	@$(BIN)/pip install -q $$(sed -n 's/^docs_requirements = //p' settings.ini)
+	@touch $@

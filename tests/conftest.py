@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
-SHARED = {'measured', 'folder', 'miniature', 'kept', 'two', 'four_ranks'}     # fixtures of many seconds
+SHARED = {'measured', 'folder', 'miniature', 'kept', 'two', 'four_ranks', 'site'}     # fixtures of many seconds
 
 @pytest.hookimpl(tryfirst=True)                                     # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
