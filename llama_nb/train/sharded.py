@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from ..core import TemporaryError, UserError, file_digest, is_temporary
 from ..parallel.mesh import error_line, on_all_ranks, on_rank_zero, rank_and_size
 
@@ -287,12 +286,3 @@ def _check_fit(folder:Path, wanted:dict[str,Tensor], there:dict[str,dict]):
     for name, t in wanted.items():
         have, want = (there[name]['shape'], there[name]['dtype']), (list(t.shape), str(t.dtype).removeprefix('torch.'))
         if have != want: raise CheckpointError(f'{folder} has {name} in shape {tuple(have[0])} and type {have[1]}, this run {tuple(want[0])} and {want[1]}')
-
-# %% ../../nbs/61_train.sharded.ipynb #trial
-def _trial(folder:str)->dict: # name -> what this rank holds
-    "Four ranks write into `folder`"
-    mesh = init_device_mesh('cpu', (2, 2))
-    make = lambda n, m, *cut: distribute_tensor(torch.arange(n*m).float().view(n, m), mesh, cut, src_data_rank=None)
-    tensors = {'w': make(4, 6, Shard(0), Shard(1)), 'rows': make(7, 6, Shard(0), Shard(0)), 'few': make(2, 6, Shard(0), Shard(0)), 'gain': make(1, 6, Replicate(), Replicate())}
-    write_sharded(Path(folder), {'model': tensors})
-    return {name: t.to_local().tolist() for name, t in tensors.items()}

@@ -463,10 +463,3 @@ def quiet_gc(every:int=50): # steps between two looks at the young objects
     try: yield tidy
     finally:
         if was: gc.enable()
-
-# %% ../../nbs/65_train.trainer.ipynb #ranks-trial
-def _trial(path:str)->list[float]:
-    "Losses of a run that goes on to its end on these ranks"
-    run = start_run(load_run(path), report=lambda line: None)
-    fit(run, progress=False)
-    return [row['loss'] for row in read_metrics(run.out/'metrics.jsonl')]
