@@ -11,7 +11,7 @@ from conftest import ENV, ROOT, metrics
 from llama_nb import cli
 from llama_nb.config import load_run, setting_names
 from llama_nb.core import TemporaryError, UserError
-from llama_nb.parallel import processes
+from llama_nb.parallel import mesh, processes
 from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
 from llama_nb.parallel.processes import host_group, run_ranks, start_ranks
 from llama_nb.train import checkpoint, trainer
@@ -210,7 +210,7 @@ def test_one_gloo_group_beside_nccl_and_none_in_the_mesh(monkeypatch):
     made, meshes = [], []
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'new_group', lambda **kwargs: made.append(kwargs))
-    monkeypatch.setattr(processes, 'init_device_mesh', lambda *args, **kwargs: meshes.append(kwargs))
+    monkeypatch.setattr(mesh, 'init_device_mesh', lambda *args, **kwargs: meshes.append(kwargs))
     monkeypatch.setattr(dist, 'get_backend_config', lambda: 'cuda:nccl,cpu:gloo')
     assert host_group(60.) is None and not made
     make_mesh((1, 2, 1), 'cuda')
