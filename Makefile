@@ -25,7 +25,7 @@ toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
 test: notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder   # a file in one process, so that its fixtures are made once
 
 versions: .venv/installed-dev
 	$(BIN)/python tools/versions.py

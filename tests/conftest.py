@@ -6,14 +6,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
-SHARED = {'measured', 'folder', 'miniature', 'kept', 'two', 'four_ranks', 'site'}     # fixtures of many seconds
-
-@pytest.hookimpl(tryfirst=True)                                     # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "Where tests run two at a time (pytest-xdist), those that share a fixture of many seconds run in one process, so that it is made once"
-    for item in items:
-        if SHARED & set(item.fixturenames): item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-
 def command(*args): return [sys.executable, '-m', 'llama_nb', *map(str, args)]
 
 @pytest.fixture(scope='session')
