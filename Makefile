@@ -24,8 +24,9 @@ help:
 toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
+# Two at a time, each file in one process, so that its fixtures are made once
 test: notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder   # a file in one process, so that its fixtures are made once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 versions: .venv/installed-dev
 	$(BIN)/python tools/versions.py
