@@ -1,10 +1,15 @@
 "What the tests share: a small prepared data set, and a way to run the command line as a process."
-import itertools, json, os, subprocess, sys, time
+import importlib, itertools, json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+def load_tool(name:str):
+    "A program of tools/ as a module"
+    if str(ROOT/'tools') not in sys.path: sys.path.insert(0, str(ROOT/'tools'))
+    return importlib.import_module(name)
 
 def command(*args): return [sys.executable, '-m', 'llama_nb', *map(str, args)]
 

@@ -1,8 +1,9 @@
 "tools/pages.py: what a page shows is compared with what is stored in it; a failing cell fails as ever."
-import importlib.util, os, platform, re, shutil, subprocess, sys
+import os, platform, re, shutil, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 import nbformat, pytest
+from conftest import load_tool
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,9 +12,7 @@ TOOL = ROOT/'tools'/'pages.py'
 @pytest.fixture(scope='module')
 def pages():
     "The tool as a module, as if the pages had been made with this Python and this torch"
-    spec = importlib.util.spec_from_file_location('pages', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool('pages')
     module.MADE_WITH = {'python': platform.python_version(), 'torch': version('torch')}
     return module
 

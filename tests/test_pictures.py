@@ -1,9 +1,10 @@
 "The pictures: fresh, complete, true to the model, and legible in light and dark as far as can be computed."
-import importlib.util, json, re, shutil, tomllib
+import json, re, shutil, tomllib
 import xml.etree.ElementTree as ET
 from functools import cache
 from pathlib import Path
 import pytest
+from conftest import load_tool
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
@@ -13,15 +14,7 @@ NAMES = ['architecture.svg', 'map.svg', 'overview.svg']
 SVG = '{http://www.w3.org/2000/svg}'
 
 @cache
-def tool():
-    "tools/pictures.py as a module"
-    spec = importlib.util.spec_from_file_location('pictures', ROOT/'tools'/'pictures.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-@cache
-def drawn(): return tool().draw()
+def drawn(): return load_tool('pictures').draw()
 
 # --- they are what the script draws, and small ------------------------------------------------------
 
@@ -58,10 +51,10 @@ def test_a_new_page_changes_the_map_and_a_lost_one_is_missed(tmp_path):
     shutil.copytree(NBS, nbs, ignore=shutil.ignore_patterns('images'))
     cell = {'cell_type': 'markdown', 'source': ['# Deduplication']}
     (nbs/'72_data.dedup.ipynb').write_text(json.dumps({'cells': [cell]}))
-    svg = tool().draw(nbs)['map.svg']
+    svg = load_tool('pictures').draw(nbs)['map.svg']
     assert set(pages_on_map(svg)) - pages_of(NBS) == {'72'} and 'Deduplication' in words(svg)
     next(nbs.glob('*_train.loss.ipynb')).unlink()
-    with pytest.raises(SystemExit, match='names train.loss, and no page'): tool().draw(nbs)
+    with pytest.raises(SystemExit, match='names train.loss, and no page'): load_tool('pictures').draw(nbs)
 
 def test_titles_of_any_length_fit(tmp_path):
     nbs = tmp_path/'nbs'
@@ -69,13 +62,11 @@ def test_titles_of_any_length_fit(tmp_path):
     title = '# ' + 'Several words of a title that never ends '*3 + ': and more'
     cell = {'cell_type': 'markdown', 'source': [title]}
     (nbs/'73_data.long.ipynb').write_text(json.dumps({'cells': [cell]}))
-    assert faults(tool().draw(nbs)['map.svg']) == []
+    assert faults(load_tool('pictures').draw(nbs)['map.svg']) == []
 
 def test_the_parts_are_those_of_the_site():
-    parts = ROOT/'docs'/'parts.toml'
-    if not parts.exists(): pytest.skip('there is no docs/parts.toml')
-    named = tomllib.loads(parts.read_text(encoding='utf-8'))
-    assert named == {str(number): part.name for number, part in tool().PARTS.items()}
+    named = tomllib.loads((ROOT/'docs'/'parts.toml').read_text(encoding='utf-8'))
+    assert named == {str(number): part.name for number, part in load_tool('pictures').PARTS.items()}
 
 # --- words fit into their boxes, and nothing runs through them --------------------------------------
 
@@ -209,7 +200,8 @@ def test_weights_have_the_names_and_shapes_of_the_model():
     size = {'d': 24, 'hk': 3*config.head_dim, 'f': config.ffn_dim, 'v': 101}
     assert config.ffn_dim not in (24, 101)
     state = {name.split('.')[-2]: tuple(p.shape) for name, p in LLaMA(config).state_dict().items()}
-    drawn_as = {name: tuple(size[a] for a in letters.split()) for name, letters in tool().WEIGHTS.items()}
+    weights = load_tool('pictures').WEIGHTS
+    drawn_as = {name: tuple(size[a] for a in letters.split()) for name, letters in weights.items()}
     assert state == drawn_as
     shown = words(drawn()['architecture.svg'])
     assert [name for name in state if shown.count(name) != 1] == []
@@ -218,7 +210,7 @@ def test_the_sizes_of_7B_are_those_of_the_preset():
     from llama_nb.config import PRESETS
     c = PRESETS['7B']
     preset = {'d': c.dim, 'h': c.n_heads, 'k': c.head_dim, 'f': c.ffn_dim, 'v': c.vocab_size, 'L': c.n_layers}
-    assert tool().SIZES == preset
+    assert load_tool('pictures').SIZES == preset
 
 # --- they are shown ---------------------------------------------------------------------------------
 

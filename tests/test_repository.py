@@ -1,8 +1,9 @@
 "The repository as a whole: nothing differs from what the notebooks export, and imports point one way."
-import ast, importlib.util, json, os, shutil, subprocess, sys
+import ast, json, os, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
+from conftest import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -224,24 +225,17 @@ def test_a_venv_of_another_python_is_never_used_in_silence(make):
 
 # --- what ran on which version ------------------------------------------------------------------
 
-def versions():
-    "tools/versions.py as a module"
-    spec = importlib.util.spec_from_file_location('versions', ROOT/'tools'/'versions.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 def test_the_table_of_versions_is_made_from_the_notes():
-    tool = versions()
-    notes = json.loads(tool.NOTES.read_text(encoding='utf-8'))
-    assert tool.NOTES.with_suffix('.md').read_text(encoding='utf-8') == tool.table(notes)
+    made = load_tool('versions')
+    notes = json.loads(made.NOTES.read_text(encoding='utf-8'))
+    assert made.NOTES.with_suffix('.md').read_text(encoding='utf-8') == made.table(notes)
 
 def test_the_table_of_versions_names_what_failed():
     note = {'python': '3.13.0', 'torch': '2.15.0+cpu', 'xformers': None, 'transformers': '5', 'commit': 'abc',
             'date': '2026-01-01',
             'pages': {'run': 31, 'failed': [], 'skipped': 0},
             'tests': {'run': 200, 'failed': ['test_x'], 'skipped': 1}}
-    text = versions().table([note])
+    text = load_tool('versions').table([note])
     row = next(line for line in text.splitlines() if line.startswith('| 2.15 |'))
     assert row == '| 2.15 | not run | not run | 31 pages, **1 of 200 tests failed** (2.15.0+cpu) |'
     assert text.splitlines()[-1].endswith('| 1 | test_x |')

@@ -6,6 +6,7 @@ from importlib.metadata import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import pytest
+from conftest import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ('sphinx', 'myst_nb', 'sphinx_book_theme', 'sphinx_copybutton')
@@ -64,11 +65,6 @@ class Site:
         self.folder = folder
         paths = [p for p in sorted(folder.rglob('*.html')) if '_static' not in p.parts]
         self.pages = {p.relative_to(folder).as_posix(): Page(p.read_text(encoding='utf-8')) for p in paths}
-
-def tool(name:str):
-    "A program of tools/ as a module"
-    if str(ROOT/'tools') not in sys.path: sys.path.insert(0, str(ROOT/'tools'))
-    return importlib.import_module(name)
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
@@ -167,7 +163,7 @@ def test_checks_are_folded_and_hidden_cells_are_left_out(site, notebooks):
 @needs_sphinx
 def test_what_only_asserts(text, asserts):
     import nbformat
-    assert tool('docs').is_check(nbformat.v4.new_code_cell(text, id='x')) == asserts
+    assert load_tool('docs').is_check(nbformat.v4.new_code_cell(text, id='x')) == asserts
 
 # --- links -----------------------------------------------------------------------------------------
 
@@ -345,7 +341,7 @@ def test_parameters_carry_the_comments_that_fastcore_reads():
     "Against fastcore's docments, which imports what we only read"
     docments = pytest.importorskip('fastcore.docments').docments
     seen = 0
-    for module in tool('api').read_modules(ROOT):
+    for module in load_tool('api').read_modules(ROOT):
         if not module.symbols: continue
         loaded = importlib.import_module(module.name)
         for symbol in module.symbols:

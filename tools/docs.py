@@ -7,6 +7,7 @@ import ast, re, shutil, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 from api import write_api
+from readme import title
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
@@ -103,10 +104,6 @@ def relinked(text:str, folder:Path)->str:
 
 # --- pages ----------------------------------------------------------------------------------------
 
-def title(nb)->str: # of a page: its first heading
-    prose = (c.source for c in nb.cells if c.cell_type == 'markdown')
-    return next(m[1] for text in prose if (m := re.match(r'#\s+(.*)', text)))
-
 def contents(names:list)->str:
     "The side bar: parts with their pages, then the index of the package"
     parts = tomllib.loads((ROOT/'docs'/'parts.toml').read_text(encoding='utf-8'))
@@ -131,7 +128,7 @@ def prepare(folder:Path):
             nb.cells.append(nbformat.v4.new_markdown_cell(side_bar))
         nb.metadata['language_info'] = {'name': 'python'}
         nbformat.write(nb, folder/'pages'/f'{name}.ipynb')
-    write_api(ROOT, folder/'pages'/'api', {name: title(nb) for name, nb in pages.items()})
+    write_api(ROOT, folder/'pages'/'api', {name: title(NBS/f'{name}.ipynb') for name in pages})
 
 def build(work:Path)->Path: # the folder of the site
     "Everything that Sphinx writes"

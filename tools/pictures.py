@@ -3,12 +3,13 @@
 Each picture carries its light and its dark colours, and its own ground: it can be read on a page of either
 kind, even where a reader has switched the page and the system is of the other kind.
 """
-import functools, json, sys
+import functools, sys, tomllib
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from fontTools.ttLib import TTFont
 from matplotlib import get_data_path
+from readme import title
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT/'nbs'/'images'
@@ -143,19 +144,17 @@ class Part:
     name: str
     needs: tuple = ()
 
-PARTS = {0: Part('Begin'), 1: Part('Text', (0,)), 2: Part('The network', (0,)), 3: Part('Learning', (1, 2)),
-         4: Part('One fast device', (3,)), 5: Part('Many devices', (3,)), 6: Part('A run that lasts', (4, 5)),
-         7: Part('The data of section 2.1', (1,)), 8: Part('Scale', (4, 5)), 9: Part('Appendix')}
+NAMES = tomllib.loads((ROOT/'docs'/'parts.toml').read_text(encoding='utf-8'))
+NEEDS = {1: (0,), 2: (0,), 3: (1, 2), 4: (3,), 5: (3,), 6: (4, 5), 7: (1,), 8: (4, 5)}
+PARTS = {int(number): Part(name, NEEDS.get(int(number), ())) for number, name in NAMES.items()}
 TRACKS = {'the model in an afternoon': (0, 1, 2, 3), 'train it large': (4, 5, 6, 8), 'use a LLaMA': (2, 3)}
 
 def pages(nbs):
     "{module: (number, title)} of all notebooks in reading order"
     found = {}
     for path in sorted(nbs.glob('[0-9]*.ipynb')):
-        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-        head = next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
         place, module = path.stem.split('_', 1)
-        found[module] = place, head.splitlines()[0].lstrip('# ').replace('`', '')
+        found[module] = place, title(path).replace('`', '')
     return found
 
 def number_of(module, found):

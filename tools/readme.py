@@ -28,11 +28,12 @@ def readme(index):
             if shown: parts.append(f'```\n{shown}\n```')
     return '<!-- Made from nbs/index.ipynb by `make prepare`; edit that. -->\n\n' + '\n\n'.join(parts) + '\n'
 
-def title(notebook):
-    "The heading and the one line below it"
-    head = next(source for kind, source, _ in cells(notebook) if kind == 'markdown')
-    lines = [line for line in head.splitlines() if line.strip()]
-    return lines[0].lstrip('# '), lines[1].lstrip('> ')
+def head(notebook):
+    "The lines of the first cell that is prose: the title, and one line below it"
+    first = next(source for kind, source, _ in cells(notebook) if kind == 'markdown')
+    return [line.lstrip('#> ') for line in first.splitlines() if line.strip()]
+
+def title(notebook): return head(notebook)[0]
 
 MORE = ('## More', '',
         '- [Front page](README.md): the two commands, results, what works and what does not yet',
@@ -42,9 +43,10 @@ MORE = ('## More', '',
 
 def llms(nbs):
     pages = [p for p in sorted(nbs.glob('*.ipynb')) if p.stem != 'index']
-    name, line = title(nbs/'index.ipynb')
+    name, line = head(nbs/'index.ipynb')
     return '\n'.join([f'# {name}', '', f'> {line}', '', '## Pages, in reading order', '',
-                      *(f'- [{title(p)[0]}](nbs/{p.name}): {title(p)[1]}' for p in pages), '', *MORE, ''])
+                      *(f'- [{name}](nbs/{p.name}): {line}' for p in pages for name, line in [head(p)]),
+                      '', *MORE, ''])
 
 def main():
     wanted = {'README.md': readme(ROOT/'nbs'/'index.ipynb'), 'llms.txt': llms(ROOT/'nbs')}
