@@ -75,7 +75,7 @@ def accumulate(model:torch.nn.Module,
 def flops_per_token(c:ModelConfig,
                     seq_len:int, # t
                    )->int:       # floating point operations, forward and backward
-    "6 a matrix weight and 12 t d a layer for attention (Chowdhery et al. 2022, appendix B)"
+    "6 per matrix weight and 12 t d per layer for attention (Chowdhery et al. 2022, appendix B)"
     return 6*(c.n_params - c.vocab_size*c.dim) + 12*c.n_layers*c.dim*seq_len
 
 # %% ../../nbs/65_train.trainer.ipynb #check-settings
@@ -222,14 +222,15 @@ def start_run(config:RunConfig, report:Callable=tqdm.write)->Trainer:
     limit = collective_seconds(config.train.hang_minutes)              # of every group
     device = start_ranks(config.train.device, limit)
     settled = on_rank_zero(lambda: settle_dtype(config, device))
-    sizes = degrees(settled.parallel, settled.model, rank_and_size()[1])
-    mesh = make_mesh(sizes, device.type, limit) if rank_and_size()[1] > 1 else None
+    _, ranks = rank_and_size()
+    sizes = degrees(settled.parallel, settled.model, ranks)
+    mesh = make_mesh(sizes, device.type, limit) if ranks > 1 else None
     run = Trainer(settled, device, mesh, report)
     on_all_ranks(lambda: check_settings(settled, device, run.share[1], sizes[2]))
     _open_text(run)
     on_rank_zero(lambda: open_folder(settled, run.loader.shards))
-    for line in (dtype_line(config, settled, device), backend_report(settled.train.attention, device, *attention_model(settled, device))):
-        if line: run.report(line)
+    if line := dtype_line(config, settled, device): run.report(line)
+    run.report(backend_report(settled.train.attention, device, *attention_model(settled, device)))
     run.saver = ckpt.Saver(run.out/'checkpoints', settled.train.keep, settled.train.keep_every, limit)
     _open_model(run)
     return run
