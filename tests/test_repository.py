@@ -68,7 +68,8 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 
 # --- imports point one way ----------------------------------------------------------------------
 
-BELOW = {'core': [], 'config': ['core'], 'data': ['core', 'config'], 'model': ['core', 'config']}
+BELOW = {'core': [], 'private': [], 'config': ['core'], 'data': ['core', 'config'],
+         'model': ['core', 'config', 'private']}
 BELOW['parallel'] = [*BELOW['model'], 'model']
 BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data']
 BELOW |= {'infer': ['core', 'config', 'data', 'model'], 'eval': ['core', 'config', 'data', 'model', 'infer'],

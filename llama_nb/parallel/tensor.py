@@ -22,6 +22,7 @@ from ..core import UserError, to_autocast
 from ..model.norm import rmsnorm
 from ..model.transformer import LLaMA
 from .mesh import check_tensor_degree
+from ..private import COLLECTIVES, send_while_multiplying
 
 # %% ../../nbs/51_parallel.tensor.ipynb #gains
 class _SharedNorm(ParallelStyle):
@@ -37,8 +38,6 @@ class _SharedNorm(ParallelStyle):
         return norm
 
 # %% ../../nbs/51_parallel.tensor.ipynb #row-product
-_COLLECTIVES = torch.ops._c10d_functional                   # those that the compiler uses
-
 def _stretches(x:Tensor, n:int)->Tensor: return torch.cat(x.chunk(n, 1))     # (b, t, f) -> (n*b, t/n, f)
 def _together(x:Tensor, n:int)->Tensor: return torch.cat(x.chunk(n), 1)      # and back
 
@@ -51,10 +50,10 @@ def row_product(x:Tensor,      # (b, t, f/n) this rank's columns of the input
                )->Tensor:      # (b, t/n, d), or (b, t, d)
     "A linear layer whose input ranks share by columns, and the sum over them, as one operator"
     part = (_stretches(x, n) if scatter else x)@weight.T
-    if scatter: total = _COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group)
+    if scatter: total = COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group)
     else:
-        total = _COLLECTIVES.all_reduce(part, 'sum', group)
-    return _COLLECTIVES.wait_tensor(total)
+        total = COLLECTIVES.all_reduce(part, 'sum', group)
+    return COLLECTIVES.wait_tensor(total)
 
 @row_product.register_fake
 def _(x, weight, scatter, n, group):
@@ -70,8 +69,8 @@ def _row_product_backward(ctx, dy):
     x, weight = ctx.saved_tensors
     scatter, n, group = ctx.layout
     if scatter:
-        gathered = _COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)
-        dy, x = _COLLECTIVES.wait_tensor(gathered), _stretches(x, n)
+        gathered = COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)
+        dy, x = COLLECTIVES.wait_tensor(gathered), _stretches(x, n)
     dx = dy@weight
     dweight = dy.flatten(0, 1).T@x.flatten(0, 1)
     return _together(dx, n) if scatter else dx, dweight, None, None, None
@@ -217,12 +216,8 @@ def async_tensor_parallel(mesh:DeviceMesh, # one dimension, the ranks that share
     "Let blocks compiled later send while they compute. Raises `UserError` where that cannot work"
     problem = _async_problem(mesh, compiled)
     if problem: raise UserError(f'asynchronous tensor parallelism cannot work here: {problem}')
-    from torch._inductor import config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-    enable_symm_mem_for_group(mesh.get_group().group_name)
     found = Counter()
-    config._micro_pipeline_tp = True
-    config.post_grad_custom_post_pass = partial(_note_fused, found)
+    send_while_multiplying(mesh.get_group(), partial(_note_fused, found))
     return found
 
 def check_fused(found:Counter # from `async_tensor_parallel`, after the first step
