@@ -32,7 +32,7 @@ from ..parallel.processes import last_words, start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, NonFiniteGuard, SpikeGuard, collective_seconds, stop_on_signal, watchdog
-from .chunked_loss import chunked_loss_sum
+from ..model.chunked_loss import chunked_loss_sum
 from .metrics import Metrics, plot_loss, read_metrics
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
 from .recompute import RECOMPUTE, apply_recompute
