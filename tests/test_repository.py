@@ -68,13 +68,13 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 
 # --- imports point one way ----------------------------------------------------------------------
 
-BELOW = {'core': [], 'private': [], 'config': ['core'], 'data': ['core', 'config'],
-         'model': ['core', 'config', 'private']}
+GROUND = ['core', 'files', 'config']
+BELOW = {'core': [], 'files': [], 'private': [], 'config': ['core', 'files'], 'data': GROUND,
+         'model': [*GROUND, 'private']}
 BELOW['parallel'] = [*BELOW['model'], 'model']
 BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data']
-BELOW |= {'infer': ['core', 'config', 'data', 'model'], 'eval': ['core', 'config', 'data', 'model', 'infer'],
-          'interop': ['core', 'config', 'data', 'model'],
-          'scale': [*BELOW['train'], 'train']}
+BELOW |= {'infer': [*GROUND, 'data', 'model'], 'eval': [*GROUND, 'data', 'model', 'infer'],
+          'interop': [*GROUND, 'data', 'model'], 'scale': [*BELOW['train'], 'train']}
 TOP = {'toy', 'cli', '__main__'}
 FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers',
            'pytest', 'nbformat', 'nbclient', 'nbconvert'}

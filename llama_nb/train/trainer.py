@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from ..config import ModelConfig, RunConfig, differences, dump_run, load_run
-from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
+from ..core import UserError, choose, native_bfloat16, pick_dtype
+from ..files import write_atomic
 from ..data.loader import Loader, batch_borders, check_loader_state, loader_state, prefetch
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
