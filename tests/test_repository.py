@@ -70,10 +70,10 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 
 BELOW = {'core': [], 'config': ['core'], 'data': ['core', 'config'], 'model': ['core', 'config']}
 BELOW['parallel'] = [*BELOW['model'], 'model']
-BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data']
+BELOW['scale'] = ['core', 'config', 'model']                  # arithmetic on configurations
+BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data', 'scale']
 BELOW |= {'infer': ['core', 'config', 'data', 'model'], 'eval': ['core', 'config', 'data', 'model', 'infer'],
-          'interop': ['core', 'config', 'data', 'model'],
-          'scale': [*BELOW['train'], 'train']}
+          'interop': ['core', 'config', 'data', 'model']}
 TOP = {'toy', 'cli', '__main__'}
 FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers',
            'pytest', 'nbformat', 'nbclient', 'nbconvert'}
@@ -88,7 +88,10 @@ def imported(path, root):
         if isinstance(node, ast.Import): yield from (a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = '.'.join(package[:len(package) - node.level + 1]) if node.level else ''
-            yield '.'.join(filter(None, (base, node.module)))
+            module = '.'.join(filter(None, (base, node.module)))
+            if module != 'llama_nb': yield module
+            else:
+                yield from (f'llama_nb.{a.name}' for a in node.names)       # from llama_nb import train
 
 def against_the_stream(root):
     "'train.loss -> infer.generate' for each import that points the wrong way, or outside what is allowed"
@@ -111,6 +114,16 @@ def test_a_wrong_import_is_seen(tmp_path):
     with open(broken/'llama_nb'/'model'/'norm.py', 'a') as f:
         f.write('\nfrom ..train.loss import next_token_loss\nimport fastcore.all\n')
     assert against_the_stream(broken) == ['model.norm -> train.loss', 'model.norm -> fastcore.all']
+
+def test_arithmetic_that_trains_is_seen(tmp_path):
+    "FLOPs and bytes are computed without a trainer or a mesh; neither is imported, not even inside a function"
+    broken = copy_of(ROOT, tmp_path/'broken')
+    with open(broken/'llama_nb'/'scale'/'flops.py', 'a') as f:
+        f.write('\nfrom ..train.trainer import train_step\n'
+                'def later(): from llama_nb.parallel import mesh\n'
+                'from .. import train\n')
+    found = against_the_stream(broken)
+    assert sorted(found) == ['scale.flops -> parallel', 'scale.flops -> train', 'scale.flops -> train.trainer']
 
 def defined(path):
     "Names that stand at the top of a module, whatever defines or imports them; also inside of `if` and `try`"
