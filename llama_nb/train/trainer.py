@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from ..config import ModelConfig, RunConfig, differences, dump_run, load_run
+from ..config import ModelConfig, RunConfig, degrees, differences, dump_run, load_run
 from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
 from ..data.loader import Loader, batch_borders, check_loader_state, loader_state, prefetch
 from ..data.shards import TokenShards
@@ -26,7 +26,7 @@ from ..data.tokenizer import Tokenizer
 from ..model.kernels import backend_report, pick_backend
 from ..model.transformer import LLaMA
 from ..parallel.data import apply_data_parallel, materialize, sync_gradients
-from ..parallel.mesh import data_rank, degrees, make_mesh, on_all_ranks, on_rank_zero
+from ..parallel.mesh import data_rank, make_mesh, on_all_ranks, on_rank_zero
 from ..parallel.mesh import rank_and_size, total
 from ..parallel.processes import last_words, start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, check_fused, finish_gradients, parallel_loss_sum
