@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 import torch
 from torch import Tensor
-from ..core import write_atomic
+from ..files import write_atomic
 from ..parallel.mesh import on_rank_zero
 from ..private import cpu_keys, has_onednn_linear, onednn_linear
 
