@@ -120,7 +120,7 @@ def test_the_command_line_decides_once(run_file, llama_nb):
     path = run_file(3)
     code, out, err = llama_nb('train', path)
     assert code == 0, err
-    said = [line for line in out.splitlines() if 'float32 products' in line]
+    said = [line for line in out.splitlines() if 'float32 matmul' in line]
     written = path.with_suffix('')/'host.json'
     verdict = json.loads(written.read_text())
     assert (len(said) == 1 and ('by oneDNN' in said[0]) == verdict['wide']

@@ -47,12 +47,17 @@ def document_numbers(borders:Tensor, # (n+1,) int32, begins of documents in the 
     return (torch.searchsorted(borders, place, right=True) - 1).view(b, t)
 
 # %% ../../nbs/40_model.kernels.ipynb #check-borders
-def check_borders(borders:Tensor, b:int, t:int):
-    "Raise `UserError` unless `borders` cut b sequences of t tokens into documents; values are read on CPUs"
-    if borders.ndim != 1 or borders.dtype != torch.int32 or len(borders) < 2:
-        raise UserError(f'borders of documents must be (n+1,) torch.int32, not {tuple(borders.shape)} '
-                        f'{borders.dtype}; see document_borders')
-    if not borders.is_cpu: return
+def check_borders(borders:Tensor, # (n+1,) int32, begins of documents in the b*t tokens, and the end
+                  b:int, t:int,
+                  device=None,    # where they must lie; anywhere if None
+                 ):
+    "Raise `UserError` unless `borders` cut b sequences of t tokens; a GPU and a compiler see no values"
+    device = device or borders.device
+    fits = borders.ndim == 1 and borders.dtype == torch.int32 and borders.device == device
+    if not fits or len(borders) < 2:
+        raise UserError(f'borders of documents must be (n+1,) torch.int32 on {device}, not '
+                        f'{tuple(borders.shape)} {borders.dtype} on {borders.device}; see document_borders')
+    if not borders.is_cpu or torch.compiler.is_compiling(): return
     found = borders.tolist()
     rise = found == sorted(found) and found[0] == 0 and found[-1] == b*t
     if not rise or not set(range(0, b*t, t)) <= set(found):
@@ -101,9 +106,7 @@ def check_attention(q:Tensor, k:Tensor, v:Tensor, borders:Tensor|None):
         raise UserError(f'queries, keys and values must share device and type, not {found}')
     if borders is None: return
     if s != t: raise UserError(f'documents need as many keys as queries, not {s} and {t}')
-    if borders.ndim != 1 or borders.dtype != torch.int32 or borders.device != q.device:
-        raise UserError(f'borders of documents must be (n+1,) torch.int32 on {q.device}, '
-                        f'not {tuple(borders.shape)} {borders.dtype} on {borders.device}')
+    check_borders(borders, len(q), t, q.device)
 
 # %% ../../nbs/40_model.kernels.ipynb #operator
 def _like(x:Tensor)->Tensor: return x.new_empty(x.shape)

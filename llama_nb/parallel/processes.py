@@ -71,8 +71,10 @@ def _rank_and_size_told():
 def last_words():
     """A bug or a lost connection ends this rank of many here and now: the traceback first, then exit code 1.
     A process alone, and errors that are messages, go their usual way"""
-    try: yield
-    except (UserError, OSError, KeyboardInterrupt, SystemExit): raise
+    try:
+        yield
+    except (UserError, OSError, KeyboardInterrupt, SystemExit):
+        raise
     except BaseException:
         rank, size = _rank_and_size_told()
         if size == 1: raise
@@ -83,7 +85,8 @@ def last_words():
 def _write_worker(worker:Callable|str, folder)->str: # how the ranks find it
     "Leave a function in the folder for the ranks. Raises `UserError` without cloudpickle"
     if isinstance(worker, str): return worker
-    try: import cloudpickle
+    try:
+        import cloudpickle
     except ImportError:
         raise UserError('a function can be sent to ranks with cloudpickle: pip install cloudpickle; '
                         "or name one that they can import, 'package.module:function'") from None
@@ -164,5 +167,6 @@ def run_ranks(worker:Callable|str, # a function, or 'package.module:function'; r
                 told = map(str, (name, json.dumps(arguments or {}), folder, world_size, rank, timeout))
                 ranks.append(subprocess.Popen([*start, *told], env=env, stdout=log, stderr=subprocess.STDOUT))
             _wait(ranks, logs, name, timeout)
-        finally: _end(ranks, logs)
+        finally:
+            _end(ranks, logs)
         return [json.loads((Path(folder)/f'{rank}.json').read_text()) for rank in range(world_size)]
