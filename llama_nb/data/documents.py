@@ -34,8 +34,10 @@ def stdlib_documents()->Iterator[Document]:
     for path in files:
         name = path.relative_to(root)
         if _LEFT_OUT & set(name.parts): continue
-        try: text = path.read_bytes().decode('utf-8')
-        except (UnicodeDecodeError, OSError): continue       # a few old files are in Latin-1
+        try:
+            text = path.read_bytes().decode('utf-8')
+        except (UnicodeDecodeError, OSError):
+            continue                                         # a few old files are in Latin-1
         if text.strip(): yield Document(text, f'stdlib/{name.as_posix()}', dict(about))
 
 # %% ../../nbs/11_data.documents.ipynb #topics
@@ -61,13 +63,16 @@ def read_documents(path # a file, or a folder with files in it, at any depth
     if not files: raise UserError(f'{path} has no text: no {", ".join(_PLAIN + _LINES)} file')
     for p in files:
         name = p.relative_to(root).as_posix()
-        if p.name.endswith(_LINES): yield from _json_lines(p, name)
-        else: yield Document(_utf8(p), name, {'source': name})
+        if p.name.endswith(_LINES):
+            yield from _json_lines(p, name)
+        else:
+            yield Document(_utf8(p), name, {'source': name})
 
 # %% ../../nbs/11_data.documents.ipynb #read-parts
 def _utf8(path:Path)->str:
     "The text of a file. Raises `UserError` if it is not UTF-8"
-    try: return path.read_bytes().decode('utf-8')
+    try:
+        return path.read_bytes().decode('utf-8')
     except UnicodeDecodeError as e:
         byte = e.object[e.start]
         raise UserError(f'{path} is not UTF-8: byte {e.start} is 0x{byte:02x}; '
@@ -86,11 +91,15 @@ def _json_document(line:bytes,
                    source:str,
                   )->Document:
     "One line of JSON as a document. Raises `UserError` if it is none"
-    try: row = json.loads(line.decode('utf-8'))
-    except (ValueError, UnicodeDecodeError) as e: raise UserError(f'{place} is not JSON in UTF-8: {e}') from None
-    if not isinstance(row, dict) or not isinstance(row.get('text'), str): raise UserError(f'{place} has no "text"')
+    try:
+        row = json.loads(line.decode('utf-8'))
+    except (ValueError, UnicodeDecodeError) as e:
+        raise UserError(f'{place} is not JSON in UTF-8: {e}') from None
+    if not isinstance(row, dict) or not isinstance(row.get('text'), str):
+        raise UserError(f'{place} has no "text"')
     metadata = row.get('metadata')
-    if not isinstance(metadata, dict): metadata = {k: v for k, v in row.items() if k not in ('text', 'id')}
+    if not isinstance(metadata, dict):
+        metadata = {k: v for k, v in row.items() if k not in ('text', 'id')}
     return Document(row['text'], str(row.get('id', default)), {'source': source, **metadata})
 
 # %% ../../nbs/11_data.documents.ipynb #write-jsonl
@@ -114,7 +123,8 @@ def split_documents(docs:Iterable[Document],
                     fraction:float=0.05,
                    )->tuple[list[Document], list[Document]]: # training, validation
     "Split by `is_held_out`. Raises `UserError` if a side would be empty"
-    if not 0 < fraction < 1: raise UserError(f'the held-out fraction must lie between 0 and 1, not {fraction}')
+    if not 0 < fraction < 1:
+        raise UserError(f'the held-out fraction must lie between 0 and 1, not {fraction}')
     train, held_out = [], []
     for d in docs:
         side = held_out if is_held_out(d.id, fraction) else train
@@ -131,4 +141,5 @@ def named_documents(name:str # python, or a path
     if name == 'python':
         yield from stdlib_documents()
         yield from topic_documents()
-    else: yield from read_documents(name)
+    else:
+        yield from read_documents(name)

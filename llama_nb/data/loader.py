@@ -10,6 +10,8 @@ import hashlib, os, signal, threading
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset
 from ..core import UserError
 from .shards import TokenShards
 
@@ -26,12 +28,15 @@ def permute(i:np.ndarray, # (m,) places, each in 0 .. n-1
            )->np.ndarray: # (m,) int64, numbers in 0 .. n-1, all different for different places
     "A pseudo-random permutation of 0 .. n-1, without a list (Feistel network with cycle walking)"
     digest = hashlib.sha512(repr(key).encode()).digest()
-    keys = np.frombuffer(digest[:48], dtype='<u8')           # six rounds
-    half = np.uint64(max((n - 1).bit_length() + 1, 2)//2); mask = (np.uint64(1) << half) - np.uint64(1)
-    out = np.array(i, dtype=np.uint64); todo = np.ones(out.shape, dtype=bool)
+    keys = np.frombuffer(digest[:48], dtype='<u8')              # six rounds
+    half = np.uint64(max((n - 1).bit_length() + 1, 2)//2)       # bits
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out = np.array(i, dtype=np.uint64)
+    todo = np.ones(out.shape, dtype=bool)
     while todo.any():
         left, right = out[todo] >> half, out[todo] & mask
-        for k in keys: left, right = right, left ^ (_mix(right ^ k) & mask)
+        for k in keys:
+            left, right = right, left ^ (_mix(right ^ k) & mask)
         out[todo] = left << half | right
         todo = out >= n
     return out.astype(np.int64)
@@ -44,37 +49,49 @@ class Loader:
                  seq_len:int,    # t
                  batch_size:int, # b, sequences in a batch over all ranks
                  seed:int=0):
-        self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, int(seed)
+        self.shards, self.seq_len, self.batch_size = shards, seq_len, batch_size
+        self.seed = int(seed)
         self.n_sequences = (shards.n_tokens - 1)//seq_len
-        if self.n_sequences < 1: raise UserError(f'{shards.folder} has {shards.n_tokens} tokens, one sequence needs {seq_len + 1}; add text or lower data.seq_len')
+        if self.n_sequences < 1:
+            raise UserError(f'{shards.folder} has {shards.n_tokens} tokens, '
+                            f'one sequence needs {seq_len + 1}; add text or lower data.seq_len')
 
     def where(self, i:int)->tuple[np.ndarray, np.ndarray]: # (b,) epoch, (b,) window number
         "Which windows stand in batch `i`"
-        epoch, place = np.divmod(np.arange(i*self.batch_size, (i + 1)*self.batch_size), self.n_sequences)
+        places = np.arange(i*self.batch_size, (i + 1)*self.batch_size)
+        epoch, place = np.divmod(places, self.n_sequences)
         window = np.empty_like(place)
-        for e in np.unique(epoch): window[epoch == e] = permute(place[epoch == e], self.n_sequences, (self.seed, int(e)))
+        for e in np.unique(epoch):
+            rows = epoch == e
+            window[rows] = permute(place[rows], self.n_sequences, (self.seed, int(e)))
         return epoch, window
 
-    def batch(self, i:int, rank:int=0, world_size:int=1)->tuple[Tensor, Tensor]: # inputs, targets (b/world_size, t) int64
+    def batch(self, i:int, rank:int=0, world_size:int=1,
+             )->tuple[Tensor, Tensor]: # inputs, targets (b/world_size, t) int64
         "Batch `i`, or the part of one rank. Raises `UserError` if the ranks do not divide the batch"
-        if self.batch_size % world_size: raise UserError(f'data.batch_size {self.batch_size} cannot be shared by {world_size} ranks; make it a multiple')
+        if self.batch_size % world_size:
+            raise UserError(f'data.batch_size {self.batch_size} cannot be shared by {world_size} ranks; '
+                            'make it a multiple')
         share = self.batch_size//world_size
-        windows = self.where(i)[1][rank*share:(rank + 1)*share]*self.seq_len
-        rows = torch.from_numpy(np.stack([self.shards.read(w, w + self.seq_len + 1) for w in windows]).astype(np.int64))
+        _, windows = self.where(i)
+        starts = windows[rank*share:(rank + 1)*share]*self.seq_len
+        rows = np.stack([self.shards.read(s, s + self.seq_len + 1) for s in starts])
+        rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
 # %% ../../nbs/13_data.loader.ipynb #state
 def loader_state(loader:Loader, i:int)->dict: # JSON can hold it
     "What identifies batch `i`"
-    return {'batch': i, 'manifest': loader.shards.digest, 'seed': loader.seed, 'seq_len': loader.seq_len, 'batch_size': loader.batch_size}
+    return {'batch': i, 'manifest': loader.shards.digest, 'seed': loader.seed,
+            'seq_len': loader.seq_len, 'batch_size': loader.batch_size}
 
 def check_loader_state(loader:Loader, state:dict):
     "Raise `UserError` if `state` belongs to other data, another order or other sizes"
     now = loader_state(loader, state.get('batch', 0))
     changed = [f'{k} {str(state.get(k))[:12]} -> {str(v)[:12]}' for k, v in now.items() if state.get(k) != v]
-    if changed: raise UserError(f'the checkpoint was made with other data ({"; ".join(changed)}); give it back its data, or begin a new run')
-
-Loader.state, Loader.check_state = loader_state, check_loader_state
+    if not changed: return
+    raise UserError(f'the checkpoint was made with other data ({"; ".join(changed)}); '
+                    'give it back its data, or begin a new run')
 
 # %% ../../nbs/13_data.loader.ipynb #document-borders
 def document_borders(tokens:Tensor, # (b, t) int64, on a CPU
@@ -83,7 +100,8 @@ def document_borders(tokens:Tensor, # (b, t) int64, on a CPU
     "The borders of the documents in the b*t tokens"
     begins = tokens == bos_id
     begins[:, 0] = True
-    return torch.nn.functional.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=tokens.numel()).int()
+    places = begins.flatten().nonzero()[:, 0]
+    return pad(places, (0, 1), value=tokens.numel()).int()
 
 # %% ../../nbs/13_data.loader.ipynb #batch-borders
 def batch_borders(tokens:Tensor,        # (b, t) int64, on a CPU
@@ -93,48 +111,61 @@ def batch_borders(tokens:Tensor,        # (b, t) int64, on a CPU
     "The borders of the documents in each micro-batch of a batch, of one size for all"
     parts = tokens.split(micro_batch_size)
     found = [document_borders(x, bos_id) for x in parts]
+    longest = max(len(x) for x in found)
     room = len(parts[0])*(tokens.shape[1]//256 + 1)
-    while room + 1 < max(len(x) for x in found): room *= 2
-    return torch.stack([torch.nn.functional.pad(x, (0, room + 1 - len(x)), value=x[-1].item()) for x in found])
+    while room + 1 < longest:
+        room *= 2
+    return torch.stack([pad(x, (0, room + 1 - len(x)), value=x[-1].item()) for x in found])
+
+# %% ../../nbs/13_data.loader.ipynb #signals
+def _obey_loop_alone(worker_id:int):
+    "In a worker: ignore signals, except a SIGTERM that the loop's process sends"
+    for name in ('SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'): return           # macOS cannot tell who sends
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+def _exit_when_told_by(parent:int):
+    sender = None
+    while sender != parent:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+    os._exit(0)
 
 # %% ../../nbs/13_data.loader.ipynb #prefetch
-class _Batches(torch.utils.data.Dataset):
+class _Batches(Dataset):
     "Batch `i` of a rank, with its borders if there is a `bos_id`, or the error it led to"
     def __init__(self, loader:Loader, rank:int, world_size:int, micro_batch_size:int, bos_id:int|None):
-        self.of, self.micro_batch_size, self.bos_id = (loader, rank, world_size), micro_batch_size, bos_id
+        self.loader, self.rank, self.world_size = loader, rank, world_size
+        self.micro_batch_size, self.bos_id = micro_batch_size, bos_id
 
-    def __getitem__(self, i):
-        loader, rank, world_size = self.of
+    def read(self, i:int):
+        inputs, targets = self.loader.batch(i, self.rank, self.world_size)
+        if self.bos_id is None: return inputs, targets
+        return inputs, targets, batch_borders(inputs, self.micro_batch_size, self.bos_id)
+
+    def __getitem__(self, i:int):
         try:
-            inputs, targets = loader.batch(i, rank, world_size)
-            if self.bos_id is None: return inputs, targets
-            return inputs, targets, batch_borders(inputs, self.micro_batch_size, self.bos_id)
-        except Exception as e: return e
-
-def _deaf(worker_id:int):
-    "Signals are for the loop, which decides when a run stops. SIGTERM ends a worker only if the loop's process sends it"
-    for name in ('SIGINT', 'SIGUSR1'):
-        if number := getattr(signal, name, None): signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, 'sigwaitinfo'): return                     # macOS cannot tell who sends
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-
-def _obey(parent:int):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
-    os._exit(0)
+            return self.read(i)
+        except Exception as e:
+            return e
 
 def prefetch(loader:Loader,
              start:int, stop:int, # batches start .. stop-1
              rank:int=0, world_size:int=1,
-             ahead:int=2,         # batches that a worker process reads in advance; 0 = none, and no such process
+             ahead:int=2,         # batches that a worker process reads in advance; 0: no such process
              pin:bool=False,      # in memory from which a GPU can copy by itself
              bos_id:int=None,     # if given, it begins documents, and their borders come with the batch
              micro_batch_size:int=1, # sequences in one forward pass, for the borders
-            ):                    # iterator of (inputs, targets), (b/world_size, t) int64 each, and perhaps borders as in `batch_borders`
-    "The batches of a rank, one after the other. Raises what `Loader.batch` raises"
+            ):                    # iterator of (inputs, targets), (b/world_size, t) int64, or with borders
+    """The batches of a rank, one after the other, with `batch_borders` if there is a `bos_id`.
+
+    Raises what `Loader.batch` raises"""
     source = _Batches(loader, rank, world_size, micro_batch_size, bos_id)
-    batches = torch.utils.data.DataLoader(source, batch_size=None, sampler=range(start, stop), num_workers=int(ahead > 0),
-                                          prefetch_factor=ahead or None, pin_memory=pin, worker_init_fn=_deaf, generator=torch.Generator())   # its own, so that the run's random numbers stay as they are
+    random = torch.Generator()    # its own, so that the run's random numbers stay as they are
+    batches = DataLoader(source, batch_size=None, sampler=range(start, stop), generator=random,
+                         num_workers=int(ahead > 0), prefetch_factor=ahead or None,
+                         worker_init_fn=_obey_loop_alone, pin_memory=pin)
     for got in batches:
         if isinstance(got, Exception): raise got
         yield got

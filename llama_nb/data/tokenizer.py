@@ -36,15 +36,18 @@ def training_lines(texts:Iterable[str],
 # %% ../../nbs/10_data.tokenizer.ipynb #open-model
 def _open_model(path:Path, data:bytes)->sentencepiece.SentencePieceProcessor:
     "The model in `data`. Raises `UserError` if it is none"
-    try: model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except RuntimeError: model = None
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError:
+        model = None
     if model is None or not model.vocab_size():
         raise UserError(f'{path} is not a SentencePiece model; make one with `llama-nb tokenizer`')
     return model
 
 def _check_unicode(text:str):
     "Raise `UserError` for lone surrogates"
-    try: text.encode()
+    try:
+        text.encode()
     except UnicodeEncodeError as e:
         raise UserError(f'the text has a lone surrogate, {text[e.start]!r}, at character {e.start}: '
                         'it is no Unicode text; was its file decoded wrongly?') from None
@@ -54,8 +57,10 @@ class Tokenizer:
     "A SentencePiece model. Raises `UserError` for a file that is not one"
     def __init__(self, path):
         self.path = Path(path)
-        try: data = self.path.read_bytes()
-        except OSError as e: raise UserError(f'cannot read the tokenizer {path}: {e.strerror}') from None
+        try:
+            data = self.path.read_bytes()
+        except OSError as e:
+            raise UserError(f'cannot read the tokenizer {path}: {e.strerror}') from None
         self._sp = sp = _open_model(path, data)
         self.digest = bytes_digest(data)
         self.vocab_size = sp.vocab_size()
@@ -97,8 +102,10 @@ def train_tokenizer(texts:Iterable[str],
     model = io.BytesIO()
     settings = dict(LLAMA_SPEC, vocab_size=vocab_size, minloglevel=5)
     lines = training_lines(texts)
-    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
-    except RuntimeError as e: raise UserError(_explain(str(e), vocab_size)) from None
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
+    except RuntimeError as e:
+        raise UserError(_explain(str(e), vocab_size)) from None
     write_atomic(path, model.getvalue())
     return Tokenizer(path)
 

@@ -33,7 +33,7 @@ def gated_linear_backward(dy:Tensor,     # (..., d) gradient of the output
                           a:Tensor,      # (..., f)
                           c:Tensor,      # (..., f)
                           weight:Tensor, # (d, f)
-                         )->tuple[Tensor, Tensor, Tensor]: # gradients of a, c (..., f) and of the weight (d, f)
+                         )->tuple[Tensor, Tensor, Tensor]: # gradients of a, c (..., f), weight (d, f)
     "Backward pass of `gated_linear`"
     dm = dy@weight.to(dy.dtype)
     if torch.is_grad_enabled(): # a second derivative is wanted: operations that have one

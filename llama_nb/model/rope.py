@@ -17,7 +17,8 @@ def frequencies(k:int,               # head width, even
                )->Tensor:            # (k/2,) float64, radians per token
     "Angle by which each pair of coordinates turns from one token to the next. Raises `UserError` for odd `k`"
     if k % 2:
-        raise UserError(f'rotary embedding turns pairs of coordinates, so the head width must be even, not {k}')
+        raise UserError('rotary embedding turns pairs of coordinates, '
+                        f'so the head width must be even, not {k}')
     return theta**(-torch.arange(0, k, 2, dtype=torch.float64)/k)
 
 # %% ../../nbs/21_model.rope.ipynb #rotation-table

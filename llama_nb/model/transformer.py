@@ -52,12 +52,14 @@ def init_weights(model:nn.Module, # a LLaMA
     "Normal weights as `weight_std` says; norm weights are one"
     for name, p in model.named_parameters():
         own_std = weight_std(name, model.config.n_layers, std)
-        if own_std is None: nn.init.ones_(p)
-        else: nn.init.normal_(p, std=own_std)
+        if own_std is None:
+            nn.init.ones_(p)
+        else:
+            nn.init.normal_(p, std=own_std)
 
 # %% ../../nbs/24_model.transformer.ipynb #llama
 class LLaMA(nn.Module):
-    "The language model of section 2.2. Raises `UserError` for ids out of range and texts beyond `max_seq_len`"
+    "The language model of section 2.2. Raises `UserError` for wrong ids and for texts beyond `max_seq_len`"
     def __init__(self, config:ModelConfig):
         super().__init__()
         self.config = config
@@ -102,7 +104,8 @@ def check_tokens(tokens:Tensor, # (b, t) int64
                  vocab_size:int):
     "Raise `UserError` unless `tokens` are ids of shape (b, t); their range is looked at on a CPU only"
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise UserError(f'tokens must be integers of shape (b, t), not {tokens.dtype} of shape {tuple(tokens.shape)}')
+        raise UserError('tokens must be integers of shape (b, t), '
+                        f'not {tokens.dtype} of shape {tuple(tokens.shape)}')
     if tokens.device.type != 'cpu' or not tokens.numel(): return
     low, high = (x.item() for x in tokens.aminmax())
     if low < 0 or high >= vocab_size:
