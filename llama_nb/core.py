@@ -94,7 +94,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 def pick_dtype(name:str,     # float32, bfloat16, or auto
                device='cpu', # where it computes, for auto
               )->torch.dtype:
-    "The type called `name`; `auto`: bfloat16 where it is native, else float32. Raises `UserError` for others"
+    "The type called `name`; `auto`: bfloat16 where it is native, else float32. Raises `UserError`"
     if name == 'auto': name = 'bfloat16' if native_bfloat16(device) else 'float32'
     return choose({**DTYPES, 'auto': None}, name, 'dtype')
 
