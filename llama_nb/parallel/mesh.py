@@ -7,13 +7,13 @@ __all__ = ['rank_and_size', 'make_mesh', 'data_rank', 'first_error', 'error_line
 
 # %% ../../nbs/50_parallel.mesh.ipynb #imports
 from collections.abc import Callable
-from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout  # private; a mesh takes no limit
+from ..config import ParallelConfig
 from ..core import TemporaryError, UserError, is_temporary
+from ..private import set_group_timeout
 
 # %% ../../nbs/50_parallel.mesh.ipynb #rank-and-size
 def rank_and_size(group=None # of all ranks if None
@@ -33,7 +33,7 @@ def make_mesh(degrees:tuple[int, int, int], # replicate, shard, tensor
     only = {'backend_override': dict.fromkeys(names, 'nccl')} if on_gpu else {}  # else gloo, too
     mesh = init_device_mesh(device_type, degrees, mesh_dim_names=names, **only)
     if timeout is None: return mesh
-    for name in names: _set_pg_timeout(timedelta(seconds=timeout), mesh.get_group(name))
+    for name in names: set_group_timeout(mesh.get_group(name), timeout)
     return mesh
 
 def data_rank(mesh:DeviceMesh)->tuple[int, int]: # which part of the batch, of how many

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from ..config import ModelConfig, RunConfig, degrees, differences, dump_run, load_run
-from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
+from ..core import UserError, choose, native_bfloat16, pick_dtype
+from ..files import write_atomic
 from ..data.loader import Loader, batch_borders, check_loader_state, loader_state, prefetch
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel, chec
 from ..scale.flops import flops_per_token
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, NonFiniteGuard, SpikeGuard, collective_seconds, stop_on_signal, watchdog
-from .chunked_loss import chunked_loss_sum
+from ..model.chunked_loss import chunked_loss_sum
 from .metrics import Metrics, plot_loss, read_metrics
 from .optim import clip_grad_norm, cosine_lr, make_optimizer, set_lr
 from .recompute import RECOMPUTE, apply_recompute
