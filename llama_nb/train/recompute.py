@@ -18,6 +18,7 @@ from ..model.ffn import gated_linear, gated_linear_backward
 from ..model.kernels import attend
 from ..model.norm import rmsnorm_backward
 from ..model.rope import apply_rotary
+from ..private import compiler_with_budget
 
 # %% ../../nbs/42_train.recompute.ipynb #full
 def recompute_full(block:nn.Module):
@@ -198,14 +199,7 @@ def recompute_linear(block:nn.Module):
     _wrap(block, around)
 
 # %% ../../nbs/42_train.recompute.ipynb #budget
-@cache
-def _compiler(backend:str, budget:float):
-    "A backend of `torch.compile` with that memory budget"
-    inner = torch._dynamo.lookup_backend(backend)           # private, as the next name: seen in torch 2.13
-    def compiler(graph, inputs, **options):
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            return inner(graph, inputs, **options)
-    return compiler
+_compiler = cache(compiler_with_budget)                     # (backend, budget): one for all blocks
 
 def recompute_budget(block:nn.Module,
                      budget:float=0.5, # 0: keep the block's input, 1: keep what the compiler keeps by itself
