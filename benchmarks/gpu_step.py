@@ -13,7 +13,7 @@ from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Tra
 from llama_nb.core import UserError
 from llama_nb.model.kernels import pick_backend
 from llama_nb.model.transformer import LLaMA
-from llama_nb.scale.flops import device_peak, hfu, measure_matmul_peak, mfu, model_products
+from llama_nb.scale.flops import device_peak, hfu, linear_shapes, measure_matmul_peak, mfu
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.trainer import accumulate
@@ -206,7 +206,7 @@ def peak_of(desk, config:ModelConfig, batch:int, dtype):
         pass
     one = ModelConfig(config.dim, 1, config.n_heads, vocab_size=config.vocab_size,
                       multiple_of=config.multiple_of)
-    return measure_matmul_peak(model_products(one, batch*config.max_seq_len), dtype, device(desk).type,
+    return measure_matmul_peak(linear_shapes(one, batch*config.max_seq_len), dtype, device(desk).type,
                                turns=3)
 
 def formula_gb(c:ModelConfig, who:Contestant, batch:int)->float|None:

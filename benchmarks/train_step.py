@@ -159,9 +159,9 @@ def training_step(s, who, device, dtype):
 def products_step(s, device, dtype, attention):
     "The products of the linear layers, forward and backward, and attention's kernel if asked; nothing else"
     import torch
-    from llama_nb.scale.flops import _three_products, model_products
-    shapes = model_products(model_config(s), (s.micro or s.batch)*s.seq)*(s.batch//(s.micro or s.batch))
-    runs = {shape: _three_products(*shape, dtype, device) for shape in set(shapes)}
+    from llama_nb.scale.flops import linear_shapes, three_matmuls
+    shapes = linear_shapes(model_config(s), (s.micro or s.batch)*s.seq)*(s.batch//(s.micro or s.batch))
+    runs = {shape: three_matmuls(*shape, dtype, device) for shape in set(shapes)}
     c, rows = model_config(s), s.micro or s.batch
     q, k, v = (torch.randn(rows, s.seq, c.n_heads, c.head_dim, device=device,
                            dtype=dtype).transpose(1, 2).requires_grad_()
@@ -268,9 +268,9 @@ def device_name(s):
 
 def peak_of(s, dtype, products):
     "The peak for MFU: published for a GPU, the median of the matrix products in this run for a CPU"
-    from llama_nb.scale.flops import Peak, device_peak, model_products
+    from llama_nb.scale.flops import Peak, device_peak, linear_shapes
     if device_of(s).type == 'cuda': return device_peak(device_name(s), dtype)
-    flops = sum(6*n*k*m for n, k, m in model_products(model_config(s), s.batch*s.seq))
+    flops = sum(6*n*k*m for n, k, m in linear_shapes(model_config(s), s.batch*s.seq))
     return Peak(flops/products, 'cpu', dtype, 'measured')
 
 def row(s, who, got, memory, base, peak):
