@@ -65,6 +65,7 @@ def _lets_cpu_pass(op):
 
 def _import():
     "xformers defines its flash operators only where PyTorch says that it has flash attention"
+    kernels.load_cuda_12_runtime()                          # before xformers looks for it
     flash = torch.backends.cuda.is_flash_attention_available
     torch.backends.cuda.is_flash_attention_available = lambda: True
     logging.disable(logging.WARNING)                        # that its extension does not load here

@@ -9,7 +9,7 @@ __all__ = ['Thinned', 'read_metrics', 'Metrics', 'centred_mean', 'plot_loss']
 import io, json, os, time
 from pathlib import Path
 import numpy as np
-from ..core import write_atomic
+from ..files import write_atomic
 
 # %% ../../nbs/64_train.metrics.ipynb #thinned
 class Thinned:
