@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'list_checkpoints', 'superseded', 'verify_checkpoint', 'load_checkpoint', 'load_into',
-           'latest_checkpoint', 'HostMemory', 'Saver', 'lock_folder', 'consolidate']
+           'latest_checkpoint', 'Saver', 'HostMemory', 'lock_folder', 'consolidate']
 
 # %% ../../nbs/62_train.checkpoint.ipynb #imports
 import copy, errno, json, os, secrets, shutil, socket, threading
@@ -19,107 +19,129 @@ from ..core import UserError
 from ..files import file_digest, fsync_folder, publish_folder
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
-from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, storage_on_rank_zero, plan_sharded, read_index,
-                                   read_sharded, storage_on_all_ranks, write_sharded)
+from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, plan_sharded,
+                                    read_index, read_sharded, storage_on_all_ranks, storage_on_rank_zero,
+                                    write_sharded)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #save
-def save_checkpoint(folder,                              # where the checkpoints of a run lie, the same place for all ranks
-                    step:int,                            # optimiser steps done
-                    tensors:dict[str,dict[str,Tensor]]|Plan, # part -> tensor name -> Tensor or DTensor; or a plan of them
-                    state:dict,                          # JSON: text keys, lists, finite numbers; rank 0's is kept
-                    keep:int=2,                          # newest checkpoints that stay, at least 1
-                    keep_every:int=0,                    # steps between those that stay for good; 0 = none
-                    group=None,                          # the ranks that call; all of them if None
-                   )->Path:                              # the new checkpoint
-    "Write and publish `step-<step>` together; a crash leaves the earlier ones untouched. All ranks raise the same `CheckpointError` if any of them cannot write"
+def save_checkpoint(folder,           # where the checkpoints of a run lie, the same place for all ranks
+                    step:int,         # optimiser steps done
+                    tensors:dict[str,dict[str,Tensor]]|Plan, # part -> name -> tensor; or a plan of them
+                    state:dict,       # JSON: text keys, lists, finite numbers; rank 0's is kept
+                    keep:int=2,       # newest checkpoints that stay, at least 1
+                    keep_every:int=0, # steps between those that stay for good; 0 = none
+                    group=None,       # the ranks that call; all of them if None
+                   )->Path:           # the new checkpoint
+    """Write and publish `step-<step>` together; a crash leaves the earlier ones untouched. All ranks raise
+    the same `CheckpointError` if any of them cannot write"""
     _check_keep(keep)
     folder, first = Path(folder), rank_and_size(group)[0] == 0
-    final, aside = (folder/f'{kind}step-{step:08}' for kind in ('', '.old-'))
-    plan = tensors if isinstance(tensors, Plan) else storage_on_all_ranks(lambda: plan_sharded(tensors, group), group)
+    final, aside, tmp = folder/f'step-{step:08}', folder/f'.old-step-{step:08}', None
+    plan = tensors
+    if not isinstance(plan, Plan): plan = storage_on_all_ranks(lambda: plan_sharded(tensors, group), group)
     text = storage_on_all_ranks(lambda: _as_json(state) if first else None, group)
-    tmp = None
     try:
         tmp = storage_on_rank_zero(lambda: _begin(folder, step), group)
         files = write_sharded(tmp, plan, group)
         storage_on_all_ranks(lambda: first and _publish(tmp, final, aside, files, text), group)
-    except Exception as e: _give_up(e, folder, first and tmp, final, aside, plan.nbytes, group)
-    storage_on_all_ranks(lambda: first and [_discard(old) for old in superseded(folder, step, keep, keep_every)], group)
+    except Exception as e:
+        if first and tmp: _undo(tmp, final, aside)
+        _give_up(e, folder, plan.nbytes, group)
+    storage_on_all_ranks(lambda: first and _remove(superseded(folder, step, keep, keep_every)), group)
     return final
 
-def _check_keep(keep:int):
-    if keep < 1: raise CheckpointError(f'keep must be at least 1, not {keep}: the checkpoint just written has to stay')
-
 # %% ../../nbs/62_train.checkpoint.ipynb #as-json
+def _check_keep(keep:int):
+    if keep >= 1: return
+    raise CheckpointError(f'keep must be at least 1, not {keep}: the checkpoint just written has to stay')
+
 def _as_json(state:dict)->str:
     "`state` as text; raises `CheckpointError` naming what would not come back equal"
     for key, value in state.items():
-        try: same = json.loads(json.dumps({key: value}, allow_nan=False)) == {key: value}
-        except (TypeError, ValueError) as e: raise CheckpointError(f'state[{key!r}] cannot be stored as JSON: {e}') from None
-        if not same: raise CheckpointError(f'state[{key!r}] would come back from JSON as something else; use lists for tuples and text for keys')
+        entry = {key: value}
+        try:
+            same = json.loads(json.dumps(entry, allow_nan=False)) == entry
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f'state[{key!r}] cannot be stored as JSON: {e}') from None
+        if not same: raise CheckpointError(f'state[{key!r}] would come back from JSON as something else; '
+                                           'use lists for tuples and text for keys')
     return json.dumps(state)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #prepare
 def _begin(folder:Path, step:int)->Path:
-    "A new folder in `folder` under a name that no reader looks at and no other attempt has, after what a crash left is put right"
+    "A new folder in `folder`, under a name that no reader looks at, after what a crash left is put right"
     with disk(folder):
         new = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for p in new: fsync_folder(p.parent)
-        for old in list(folder.glob('.old-step-*')):
-            if not (final := folder/old.name[5:]).exists(): old.rename(final)
-        for old in [*folder.glob('.tmp-*'), *folder.glob('.old-step-*')]: _discard(old)
+        for aside in list(folder.glob('.old-step-*')):
+            final = folder/aside.name.removeprefix('.old-')
+            if not final.exists(): aside.rename(final)
+        _remove([*folder.glob('.tmp-*'), *folder.glob('.old-step-*')])
         tmp = folder/f'.tmp-step-{step:08}-{secrets.token_hex(4)}'
         tmp.mkdir()
     return tmp
 
-def _discard(path:Path):
-    "Take `path` out of sight, then delete it; what cannot be deleted now is left to the next save"
-    with suppress(OSError):
-        gone = path if path.name.startswith('.tmp-') else path.rename(path.with_name(f'.tmp-{path.name}'))
-        files = [p for p in gone.iterdir() if p.is_file()]
-        if len(files) > 64:                                # one after the other, thousands take a minute on a file server
-            with ThreadPoolExecutor(16) as pool: list(pool.map(os.unlink, files))
-        shutil.rmtree(gone)
+def _remove(paths:list[Path]):
+    "Take folders out of sight, then delete them; what cannot be deleted now is left to the next save"
+    for path in paths:
+        with suppress(OSError):
+            if not path.name.startswith('.tmp-'): path = path.rename(path.with_name(f'.tmp-{path.name}'))
+            files = [p for p in path.iterdir() if p.is_file()]
+            if len(files) > 64:                            # one by one they take a minute on a file server
+                with ThreadPoolExecutor(16) as pool: list(pool.map(os.unlink, files))
+            shutil.rmtree(path)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #write
-def _publish(tmp:Path, final:Path, aside:Path, files:dict, text:str):
-    "Add the state and the list of files, and give the folder its name"
-    written = set(files)                                   # forced to disk by the ranks that wrote them
+def _publish(tmp:Path, final:Path, aside:Path,
+             files:dict, # of the ranks, which have forced them to disk: name -> bytes, sha256
+             text:str):  # of state.json
+    "Add state and manifest, and give the folder its name"
+    durable = set(files)
     with disk(tmp):
         (tmp/'state.json').write_text(text, encoding='utf-8')
-        for name in ('index.json', 'state.json'): files[name] = {'bytes': (tmp/name).stat().st_size, 'sha256': file_digest(tmp/name)}
+        for name in ('index.json', 'state.json'):
+            files[name] = {'bytes': (tmp/name).stat().st_size, 'sha256': file_digest(tmp/name)}
         (tmp/'manifest.json').write_text(json.dumps({'files': files}, indent=1), encoding='utf-8')
         if final.exists(): final.rename(aside)
-        publish_folder(tmp, final, written)
+        publish_folder(tmp, final, durable)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #give-up
-def _give_up(error:Exception, folder:Path, tmp:Path|None, final:Path, aside:Path, need:int, group): # need: bytes
-    "Undo a save that failed; raise `CheckpointError` if the disk or another rank is to blame, else `error` itself"
-    if tmp:
-        shutil.rmtree(tmp, ignore_errors=True)
-        with suppress(OSError):
-            if aside.exists() and not final.exists(): aside.rename(final)
-    lost = isinstance(error, RuntimeError) and rank_and_size(group)[1] > 1
+def _undo(tmp:Path, final:Path, aside:Path):
+    shutil.rmtree(tmp, ignore_errors=True)
+    with suppress(OSError):
+        if aside.exists() and not final.exists(): aside.rename(final)
+
+def _give_up(error:Exception, folder:Path, need:int, group): # need: bytes
+    "Raise `CheckpointError` if the disk or another rank is to blame, else `error` itself"
+    many = rank_and_size(group)[1] > 1
+    lost = isinstance(error, RuntimeError) and many
     if not isinstance(error, CheckpointError) and not lost: raise error
     why = f'another rank does not answer ({" ".join(str(error).split())})' if lost else error
-    kind = StorageError if isinstance(error, StorageError) or rank_and_size(group)[1] > 1 else CheckpointError
-    raise kind(f'could not save in {folder}: {why}, needed {need/1e6:,.1f} MB; earlier checkpoints are intact: free some space or mend the folder, then start again') from error
+    kind = StorageError if isinstance(error, StorageError) or many else CheckpointError
+    raise kind(f'could not save in {folder}: {why}, needed {need/1e6:,.1f} MB; '
+               'earlier checkpoints are intact: '
+               'free some space or mend the folder, then start again') from error
 
 # %% ../../nbs/62_train.checkpoint.ipynb #list
 def list_checkpoints(folder)->list[Path]: # oldest first
     "The published checkpoints in `folder`"
     folder, found = Path(folder), {}
-    for p in (*folder.glob('step-*'), *folder.glob('.old-step-*')):      # the second counts where the first is missing
+    for p in (*folder.glob('step-*'), *folder.glob('.old-step-*')):  # these where the first are missing
         if p.is_dir() and p.name.partition('step-')[2].isdecimal(): found.setdefault(_step(p), p)
     return [found[step] for step in sorted(found)]
 
 def _step(path:Path)->int: return int(path.name.rpartition('-')[2])
 
-def superseded(folder, step:int, keep:int, keep_every:int=0)->list[Path]:
-    "What may go once `step` is published: leftovers, and all that is older than the newest `keep` whole ones, except multiples of `keep_every`"
-    folder, there = Path(folder), list_checkpoints(folder)
-    stay = [_step(p) for p in there if _step(p) <= step and _has_all_bytes(p)][-keep:]
-    return [*folder.glob('.tmp-*'), *folder.glob('.old-step-*'), *(p for p in there if stay and _step(p) < stay[0] and (not keep_every or _step(p) % keep_every))]
+def superseded(folder, step:int, keep:int, keep_every:int=0)->list[Path]: # as `save_checkpoint` takes them
+    "What may go once `step` is published: leftovers, and what is older than the newest `keep` whole ones"
+    folder = Path(folder)
+    leftovers = [*folder.glob('.tmp-*'), *folder.glob('.old-step-*')]
+    there = list_checkpoints(folder)
+    newest = [_step(p) for p in there if _step(p) <= step and _has_all_bytes(p)][-keep:]
+    if not newest: return leftovers
+    older = [p for p in there if _step(p) < newest[0]]
+    return leftovers + [p for p in older if not keep_every or _step(p) % keep_every]
 
 # %% ../../nbs/62_train.checkpoint.ipynb #verify
 def verify_checkpoint(path,               # a checkpoint's folder
@@ -128,8 +150,90 @@ def verify_checkpoint(path,               # a checkpoint's folder
                      ):
     "Raise `CheckpointError` naming the first file that is missing, truncated or changed"
     path = Path(path)
-    for name, made in (_manifest(path) if files is None else files).items():
-        if defect := _defect(path/name, made, digests): raise CheckpointError(f'{path}: {name} {defect}')
+    if files is None: files = _manifest(path)
+    for name, made in files.items():
+        defect = _defect(path/name, made, digests)
+        if defect: raise CheckpointError(f'{path}: {name} {defect}')
+
+def _defect(file:Path, made:dict, digests:bool)->str|None:
+    "What is wrong with `file`, if anything"
+    try:
+        size = file.stat().st_size
+        if size != made['bytes']: return f'has {size} bytes instead of {made["bytes"]}'
+        if digests and file_digest(file) != made['sha256']: return 'has changed since it was written'
+    except FileNotFoundError:
+        return 'is missing'
+    except OSError as e:
+        return f'cannot be read: {e.strerror}'
+
+# %% ../../nbs/62_train.checkpoint.ipynb #manifest
+def _manifest(path:Path)->dict[str,dict]: # file name -> bytes, sha256
+    "The list of files; raises `CheckpointError` if it is no such list"
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = json.loads((path/'manifest.json').read_text(encoding='utf-8'))['files']
+        listed = {'state.json', 'index.json'} <= set(files)
+        if listed and all(_is_entry(name, made) for name, made in files.items()): return files
+    raise CheckpointError(f'{path}: manifest.json is missing or damaged')
+
+def _is_entry(name:str, made:dict)->bool: return Path(name).name == name and {'bytes', 'sha256'} <= set(made)
+
+def _has_all_bytes(path:Path)->bool:
+    with suppress(CheckpointError):
+        verify_checkpoint(path, digests=False)
+        return True
+    return False
+
+# %% ../../nbs/62_train.checkpoint.ipynb #load
+def load_checkpoint(path,       # a checkpoint's folder
+                    parts=None, # names of those that are wanted, as ('model',); all if None
+                   )->tuple[dict[str,dict[str,Tensor]],dict]: # tensors, state, as they were saved
+    "Verify and read a checkpoint, whole tensors on the CPU. Raises `CheckpointError` if it is damaged"
+    path, tensors = Path(path), {}
+    index = _verified_index(path, parts)
+    for full, entry in index.items():
+        part, _, name = full.partition('/')
+        if parts is not None and part not in parts: continue
+        room = torch.empty(entry['shape'], dtype=getattr(torch, entry['dtype']))
+        tensors.setdefault(part, {})[name] = room
+    read_sharded(path, tensors, index, alone=True)
+    return tensors, _state(path)
+
+# %% ../../nbs/62_train.checkpoint.ipynb #verified-index
+def _verified_index(path:Path, parts=None)->dict:
+    "The index of a checkpoint whose files are all good; only those of `parts` are looked at if given"
+    files = _manifest(path)
+    verify_checkpoint(path, files={name: made for name, made in files.items() if name.endswith('.json')})
+    index = _index(path, files)
+    verify_checkpoint(path, files={name: files[name] for name in files_of(index, parts)})
+    return index
+
+def _index(path:Path, files:dict)->dict:
+    "The index, if the files have room for what it says"
+    index = read_index(path)
+    for name, size in files_of(index).items():
+        if name in files and files[name]['bytes'] >= size: continue
+        raise CheckpointError(f'{path}: index.json does not belong to {name}')
+    return index
+
+def _state(path:Path)->dict:
+    try:
+        return json.loads((path/'state.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f'{path}: state.json cannot be read: {e}') from e
+
+# %% ../../nbs/62_train.checkpoint.ipynb #load-into
+def load_into(path,                               # a checkpoint's folder
+              tensors:dict[str,dict[str,Tensor]], # part -> name -> Tensor or DTensor in any layout
+              digests:bool=True,                  # False: names and sizes only, after `latest_checkpoint`
+              group=None,                         # the ranks that call; all of them if None
+             )->dict:                             # the state
+    """Fill `tensors` in place with what this rank holds of them; parts that are not in `tensors` are left
+    out. All ranks raise the same `CheckpointError` if the checkpoint is damaged or does not fit"""
+    path = Path(path)
+    _verify_together(path, digests, group)
+    index, state = storage_on_rank_zero(lambda: (_index(path, _manifest(path)), _state(path)), group)
+    read_sharded(path, tensors, index, group)
+    return state
 
 def _verify_together(path:Path, digests:bool, group):
     "`verify_checkpoint`, the files dealt out to the ranks; rank 0 reads the list and tells it"
@@ -138,117 +242,25 @@ def _verify_together(path:Path, digests:bool, group):
     mine = {name: files[name] for name in sorted(files)[rank::size]}
     storage_on_all_ranks(lambda: verify_checkpoint(path, digests, mine), group)
 
-def _defect(file:Path, made:dict, digests:bool)->str|None:
-    "What is wrong with `file`, if anything"
-    try:
-        if (size := file.stat().st_size) != made['bytes']: return f'has {size} bytes instead of {made["bytes"]}'
-        if digests and file_digest(file) != made['sha256']: return 'has changed since it was written'
-    except FileNotFoundError: return 'is missing'
-    except OSError as e: return f'cannot be read: {e.strerror}'
-
-# %% ../../nbs/62_train.checkpoint.ipynb #manifest
-def _manifest(path:Path)->dict[str,dict]: # file name -> bytes, sha256
-    "The list of files; raises `CheckpointError` if it is no such list"
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = json.loads((path/'manifest.json').read_text(encoding='utf-8'))['files']
-        if {'state.json', 'index.json'} <= set(files) and all(Path(n).name == n and {'bytes', 'sha256'} <= set(made) for n, made in files.items()): return files
-    raise CheckpointError(f'{path}: manifest.json is missing or damaged')
-
-def _has_all_bytes(path:Path)->bool:
-    try: verify_checkpoint(path, digests=False)
-    except CheckpointError: return False
-    return True
-
-# %% ../../nbs/62_train.checkpoint.ipynb #load
-def load_checkpoint(path,       # a checkpoint's folder
-                    parts=None, # names of those that are wanted, as ('model',); all if None
-                   )->tuple[dict[str,dict[str,Tensor]],dict]: # tensors, state, as they were saved
-    "Verify and read a checkpoint, whole tensors onto the CPU of this process alone. Raises `CheckpointError` if it is damaged"
-    path = Path(path)
-    index = _verified_index(path, parts)
-    tensors = {}
-    for full, t in index.items():
-        part, _, name = full.partition('/')
-        if parts is None or part in parts: tensors.setdefault(part, {})[name] = torch.empty(t['shape'], dtype=getattr(torch, t['dtype']))
-    read_sharded(path, tensors, index, alone=True)
-    return tensors, _state(path)
-
-# %% ../../nbs/62_train.checkpoint.ipynb #verified-index
-def _verified_index(path:Path, parts=None)->dict:
-    "The index of a checkpoint whose files are all good; only those of `parts` are looked at if given"
-    files = _manifest(path)
-    verify_checkpoint(path, files={n: made for n, made in files.items() if n.endswith('.json')})
-    index = _index(path, files)
-    verify_checkpoint(path, files={n: files[n] for n in files_of(index, parts)})
-    return index
-
-def _index(path:Path, files:dict)->dict:
-    "The index, if the files have room for what it says"
-    index = read_index(path)
-    for name, size in files_of(index).items():
-        if name not in files or files[name]['bytes'] < size: raise CheckpointError(f'{path}: index.json does not belong to {name}')
-    return index
-
-def _state(path:Path)->dict:
-    try: return json.loads((path/'state.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise CheckpointError(f'{path}: state.json cannot be read: {e}') from e
-
-# %% ../../nbs/62_train.checkpoint.ipynb #load-into
-def load_into(path,                               # a checkpoint's folder
-              tensors:dict[str,dict[str,Tensor]], # part -> name -> Tensor or DTensor in any layout
-              digests:bool=True,                  # False: names and sizes only, right after `latest_checkpoint`
-              group=None,                         # the ranks that call; all of them if None
-             )->dict:                             # the state
-    "Fill `tensors` in place with what this rank holds of them; parts that are not in `tensors` are left out. All ranks raise the same `CheckpointError` if the checkpoint is damaged or does not fit"
-    path = Path(path)
-    _verify_together(path, digests, group)
-    index, state = storage_on_rank_zero(lambda: (_index(path, _manifest(path)), _state(path)), group)
-    read_sharded(path, tensors, index, group)
-    return state
-
 # %% ../../nbs/62_train.checkpoint.ipynb #latest
 def latest_checkpoint(folder,        # where the checkpoints of a run lie
                       report=print,  # called on rank 0 with one line if damaged ones had to be passed over
                       group=None,    # the ranks that call; all of them if None
                      )->Path|None:   # None if there is none at all; the same on all ranks
-    "The newest checkpoint that verifies, each rank looking at its share of the files. Raises `CheckpointError` if all are damaged"
+    """The newest checkpoint that verifies, each rank looking at its share of the files. Raises
+    `CheckpointError` if all are damaged"""
     rank, damaged = rank_and_size(group)[0], []
-    there = storage_on_rank_zero(lambda: list_checkpoints(folder), group)
-    for path in reversed(there):
-        try: _verify_together(path, True, group)
-        except CheckpointError as e: damaged.append(str(e)); continue
+    for path in reversed(storage_on_rank_zero(lambda: list_checkpoints(folder), group)):
+        try:
+            _verify_together(path, True, group)
+        except CheckpointError as e:
+            damaged.append(str(e))
+            continue
         if damaged and rank == 0: report(f'damaged checkpoint: {"; ".join(damaged)}; using {path} instead')
         return path
-    if damaged: raise CheckpointError(f'all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}); restore one from a copy, or remove the folder to begin anew')
-
-# %% ../../nbs/62_train.checkpoint.ipynb #host
-class HostMemory:
-    "Memory of the CPU into which tensors of the same shapes are copied again and again; pinned where they come from a GPU"
-    block = 2**28                                             # bytes: a power of two, to which PyTorch rounds pinned memory
-    def __init__(self): self.form, self.blocks, self.room = None, [], {}
-
-    def copy(self, tensors:dict[str,Tensor])->dict[str,Tensor]: # there until the next call
-        "The same numbers on the CPU, each tensor in memory of its own. On a GPU they have arrived once the device is synchronised"
-        form = [(name, t.shape, t.dtype, t.is_cuda) for name, t in tensors.items()]
-        if form != self.form: self._make_room(tensors); self.form = form
-        for name, t in tensors.items(): self.room[name].copy_(t, non_blocking=True)
-        return dict(self.room)
-
-    def _make_room(self, tensors:dict[str,Tensor]):
-        "Divide the tensors among blocks; one that is larger than a block has its own"
-        self.form, self.blocks, self.room, groups = None, [], {}, [{}]
-        for name, t in tensors.items():
-            if groups[-1] and self._bytes(groups[-1].values()) + self._bytes([t]) > self.block: groups.append({})
-            groups[-1][name] = t
-        for group in groups:
-            self.blocks.append(torch.empty(self._bytes(group.values()), dtype=torch.uint8, pin_memory=any(t.is_cuda for t in group.values())))
-            at = 0
-            for name, t in group.items():
-                self.room[name] = self.blocks[-1][at:at + t.numel()*t.element_size()].view(t.dtype).view(t.shape)
-                at += self._bytes([t])
-
-    @staticmethod
-    def _bytes(tensors)->int: return sum(-(-t.numel()*t.element_size()//64)*64 for t in tensors)      # each begins at a multiple of 64
+    if not damaged: return None
+    raise CheckpointError(f'all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}); '
+                          'restore one from a copy, or remove the folder to begin anew')
 
 # %% ../../nbs/62_train.checkpoint.ipynb #saver
 class Saver:
@@ -256,17 +268,17 @@ class Saver:
     def __init__(self, folder, keep:int=2, keep_every:int=0, # as `save_checkpoint` takes them
                  timeout:float=1800.):                       # seconds that the ranks wait for each other
         _check_keep(keep)
-        self.folder, self.keep, self.keep_every, self.host, self.thread, self.error = folder, keep, keep_every, HostMemory(), None, None
-        self.group = host_group(timeout)
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.host, self.group = HostMemory(), host_group(timeout)
+        self.thread = self.error = None
 
     def save(self, step:int, tensors:dict[str,dict[str,Tensor]], state:dict):
-        "Wait for the save before, copy what this rank will write, and go on; `tensors` may change as soon as this returns. Raises the error of the save before"
+        "Copy what this rank will write, and return; waits for the save before, and raises its error"
         self.wait()
         plan = plan_sharded(tensors, self.group)
-        devices = {t.device for t in plan.mine.values() if t.is_cuda}
         plan = replace(plan, mine=self.host.copy(plan.mine))
-        for device in devices: torch.cuda.synchronize(device)
-        self.thread = threading.Thread(target=self._work, args=(step, plan, copy.deepcopy(state)), daemon=True)
+        args = step, plan, copy.deepcopy(state)
+        self.thread = threading.Thread(target=self._work, args=args, daemon=True)
         self.thread.start()
 
     def wait(self):
@@ -276,44 +288,102 @@ class Saver:
         if error: raise error
 
     def _work(self, step, plan, state):
-        try: save_checkpoint(self.folder, step, plan, state, self.keep, self.keep_every, self.group)
-        except BaseException as e: self.error = e
+        try:
+            save_checkpoint(self.folder, step, plan, state, self.keep, self.keep_every, self.group)
+        except BaseException as e:
+            self.error = e
+
+# %% ../../nbs/62_train.checkpoint.ipynb #host
+class HostMemory:
+    "Memory of the CPU into which tensors of the same shapes are copied again and again; pinned for a GPU's"
+    block = 2**28                                             # bytes: a power of two
+    def __init__(self): self.form, self.blocks, self.room = None, [], {}
+
+    def copy(self, tensors:dict[str,Tensor])->dict[str,Tensor]: # there until the next call
+        "The same numbers, each tensor in memory of its own"
+        form = [(name, t.shape, t.dtype, t.is_cuda) for name, t in tensors.items()]
+        if form != self.form: self._make_room(tensors, form)
+        for name, t in tensors.items(): self.room[name].copy_(t, non_blocking=True)
+        for device in {t.device for t in tensors.values() if t.is_cuda}: torch.cuda.synchronize(device)
+        return dict(self.room)
+
+    def _make_room(self, tensors:dict[str,Tensor], form:list):
+        "Divide the tensors among blocks"
+        self.form, self.blocks, self.room = None, [], {}      # the old blocks go first
+        for group in _groups(tensors, self.block):
+            size, pin = sum(map(_room_for, group.values())), any(t.is_cuda for t in group.values())
+            block, at = torch.empty(size, dtype=torch.uint8, pin_memory=pin), 0
+            self.blocks.append(block)
+            for name, t in group.items():
+                self.room[name] = block[at:at + t.nbytes].view(t.dtype).view(t.shape)
+                at += _room_for(t)
+        self.form = form
+
+# %% ../../nbs/62_train.checkpoint.ipynb #host-groups
+def _groups(tensors:dict[str,Tensor], block:int)->list[dict[str,Tensor]]: # block: bytes
+    "The tensors of each block; one that is larger than a block has its own"
+    groups, used = [{}], 0
+    for name, t in tensors.items():
+        if groups[-1] and used + _room_for(t) > block:
+            groups.append({})
+            used = 0
+        groups[-1][name] = t
+        used += _room_for(t)
+    return groups
+
+def _room_for(t:Tensor)->int: return -(-t.nbytes//64)*64    # bytes; each tensor begins at a multiple of 64
 
 # %% ../../nbs/62_train.checkpoint.ipynb #lock
-_HELD = set()                                               # open files of this process's locks
-def _let_go(): [f.close() for f in _HELD]
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
-
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}     # what a file system without locks answers
-
 @contextmanager
 def lock_folder(folder,
                 report=print, # called with one line where the file system keeps no locks
                ):
-    "Hold `folder` for this process; the system lets go of it when the process ends, however it ends. Raises `UserError` naming who holds it"
-    import fcntl
+    """Hold `folder` for this process; the system lets go of it when the process ends, however it ends. Raises
+    `UserError` naming who holds it"""
     folder = Path(folder)
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         f = open(folder/'.lock', 'a+', encoding='utf-8')
     with f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0); who = ' '.join(f.read().split()) or 'another process'
-            raise UserError(f'{folder} is in use by {who}; wait for it or end it, or choose another --out') from None
-        except OSError as e:
-            if e.errno not in _NO_LOCKS: raise
-            report(f'{folder}: this file system keeps no locks ({e.strerror}); take care that no other process trains in it')
-        f.truncate(0); f.write(f'process {os.getpid()} on {socket.gethostname()}'); f.flush()
+        _take(f, folder, report)
+        f.truncate(0)
+        f.write(f'process {os.getpid()} on {socket.gethostname()}')
+        f.flush()
         _HELD.add(f)
-        try: yield
-        finally: _HELD.discard(f)
+        try:
+            yield
+        finally:
+            _HELD.discard(f)
+
+# %% ../../nbs/62_train.checkpoint.ipynb #lock-take
+_HELD = set()                                               # open files of this process's locks
+def _let_go():
+    for f in _HELD: f.close()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
+
+# what a file system without locks answers
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+def _take(f, folder:Path, report):
+    "Lock an open file, or raise `UserError` with what its holder wrote into it"
+    import fcntl
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        who = ' '.join(f.read().split()) or 'another process'
+        raise UserError(f'{folder} is in use by {who}; '
+                        'wait for it or end it, or choose another --out') from None
+    except OSError as e:
+        if e.errno not in _NO_LOCKS: raise
+        report(f'{folder}: this file system keeps no locks ({e.strerror}); '
+               'take care that no other process trains in it')
 
 # %% ../../nbs/62_train.checkpoint.ipynb #consolidate
 def consolidate(path, # a checkpoint's folder
                 out,  # a file that will hold the weights alone, under plain names
                ):
-    "Make one safetensors file of a checkpoint in any layout; it is there whole or not at all. Raises `CheckpointError`"
+    "One safetensors file of a checkpoint in any layout, whole or not there at all. Raises `CheckpointError`"
     out, (tensors, _) = Path(out), load_checkpoint(path, ('model',))
     if 'model' not in tensors: raise CheckpointError(f'{path} has no model')
     tmp = out.with_name(f'.{out.name}.{secrets.token_hex(4)}')
@@ -323,5 +393,6 @@ def consolidate(path, # a checkpoint's folder
             save_file(tensors['model'], tmp, {'format': 'pt'})
             with open(tmp, 'rb') as f: os.fsync(f.fileno())
             os.replace(tmp, out)
-        finally: tmp.unlink(missing_ok=True)
+        finally:
+            tmp.unlink(missing_ok=True)
         fsync_folder(out.parent)

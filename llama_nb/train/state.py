@@ -13,56 +13,80 @@ from torch import Tensor, nn
 from ..core import UserError
 
 # %% ../../nbs/60_train.state.ipynb #optimizer-tensors
-def optimizer_tensors(model:nn.Module, optimizer:torch.optim.Optimizer)->dict[str,Tensor]: # 'norm.weight.exp_avg' -> tensor
-    "The optimiser's state by parameter name, not copied; empty before the first step. Raises `UserError` if it could not be loaded again"
+def optimizer_tensors(model:nn.Module,
+                      optimizer:torch.optim.Optimizer, # made from parameters of `model`
+                     )->dict[str,Tensor]:              # 'norm.weight.exp_avg' -> tensor, not copied
+    "Optimiser state by name; empty before the first step. Raises `UserError` if it could not be loaded again"
     params = _optimized(model, optimizer)
-    tensors = {f'{name}.{key}': value for name, p in params.items() for key, value in optimizer.state.get(p, {}).items()}
-    _check_state(params, tensors)
+    states = {name: optimizer.state.get(p, {}) for name, p in params.items()}
+    tensors = {f'{name}.{key}': value for name, state in states.items() for key, value in state.items()}
+    for full, value in tensors.items(): _check_like(params, full, value)
+    _check_complete(params, tensors)
     return tensors
 
-def _optimized(model, optimizer)->dict[str,Tensor]: # name -> parameter
+def _optimized(model:nn.Module, optimizer:torch.optim.Optimizer)->dict[str,Tensor]: # name -> parameter
     "The parameters that `optimizer` holds, by their names in `model`"
-    held = {p for g in optimizer.param_groups for p in g['params']}
-    params = {n: p for n, p in model.named_parameters() if p in held}
-    if strange := len(held) - len(params):
-        raise UserError(f'{strange} of {len(held)} parameters of the optimiser are not in this model; make the optimiser from model.parameters()')
-    return params
+    held = {p for group in optimizer.param_groups for p in group['params']}
+    params = {name: p for name, p in model.named_parameters() if p in held}
+    strange = len(held) - len(params)
+    if not strange: return params
+    raise UserError(f'{strange} of {len(held)} parameters of the optimiser are not in this model; '
+                    'make the optimiser from model.parameters()')
 
-def _check_state(params:dict, tensors:dict):
-    "Raise `UserError` unless every trained parameter has the same pieces of state, in its own shape and type"
-    for full, value in tensors.items():
-        name, _, key = full.rpartition('.')
-        if not torch.is_tensor(value): raise UserError(f'{full!r} is {value!r} and not a tensor; this optimiser cannot be stored')
-        p = params[name]
-        if (value.shape, value.dtype) != (p.shape, p.dtype) and not (key == 'step' and value.ndim == 0):
-            raise UserError(f'{full!r} has shape {tuple(value.shape)} and type {value.dtype}, the parameter {tuple(p.shape)} and {p.dtype}')
+# %% ../../nbs/60_train.state.ipynb #check-state
+def _check_like(params:dict[str,Tensor], full:str, value):
+    "Raise `UserError` unless a part of the state has its parameter's shape and type, or counts steps"
+    name, _, key = full.rpartition('.')
+    if not torch.is_tensor(value):
+        raise UserError(f'{full!r} is {value!r} and not a tensor; this optimiser cannot be stored')
+    if key == 'step' and value.ndim == 0: return
+    p = params[name]
+    if (value.shape, value.dtype) == (p.shape, p.dtype): return
+    raise UserError(f'{full!r} has shape {tuple(value.shape)} and type {value.dtype}, '
+                    f'the parameter {tuple(p.shape)} and {p.dtype}')
+
+def _check_complete(params:dict[str,Tensor], tensors:dict[str,Tensor]):
+    "Raise `UserError` unless every trained parameter has the same parts of state"
     keys = sorted({full.rpartition('.')[2] for full in tensors})
-    lacking = [f'{n}.{k}' for n, p in params.items() if p.requires_grad for k in keys if f'{n}.{k}' not in tensors]
+    trained = [name for name, p in params.items() if p.requires_grad]
+    wanted = [f'{name}.{key}' for name in trained for key in keys]
+    lacking = [full for full in wanted if full not in tensors]
+    if not lacking: return
     more = f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''
-    if lacking: raise UserError(f'the optimiser state lacks {", ".join(lacking[:3])}{more}; a parameter that is never used needs requires_grad_(False)')
+    raise UserError(f'the optimiser state lacks {", ".join(lacking[:3])}{more}; '
+                    'a parameter that is never used needs requires_grad_(False)')
 
 # %% ../../nbs/60_train.state.ipynb #prepare-optimizer
 def prepare_optimizer(model:nn.Module, optimizer:torch.optim.AdamW):
-    "Give an optimiser that has done no step a state of zeros in the layout of its parameters, to be filled in place"
-    for g in optimizer.param_groups:
-        for p in (p for p in g['params'] if p.requires_grad):
-            moments = ['exp_avg', 'exp_avg_sq', *(['max_exp_avg_sq'] if g['amsgrad'] else [])]
-            where = p.device if g['fused'] or g['capturable'] else 'cpu'
-            optimizer.state[p] = {'step': torch.zeros((), dtype=torch.float32, device=where), **{m: torch.zeros_like(p) for m in moments}}
+    "Give an optimiser that has done no step a state of zeros in its parameters' layout, to be filled"
+    for group in optimizer.param_groups:
+        moments = ['exp_avg', 'exp_avg_sq']
+        if group['amsgrad']: moments.append('max_exp_avg_sq')
+        counts_there = group['fused'] or group['capturable']
+        for p in group['params']:
+            if not p.requires_grad: continue
+            where = p.device if counts_there else 'cpu'
+            step = torch.zeros((), dtype=torch.float32, device=where)
+            optimizer.state[p] = {'step': step, **{name: torch.zeros_like(p) for name in moments}}
 
 # %% ../../nbs/60_train.state.ipynb #random-state
 def random_state()->dict: # JSON can hold it
     "The states of torch's generators (CPU and every GPU), of NumPy's and of Python's"
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    return {'torch': torch.get_rng_state().numpy().tobytes().hex(),
-            'cuda': [s.numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {'torch': _as_text(torch.get_rng_state()), 'cuda': [_as_text(s) for s in gpus],
             'python': [version, list(words), gauss], 'numpy': [kind, keys.tolist(), *rest]}
 
 def set_random_state(state:dict):
     "Inverse of `random_state`; generators of GPUs that are not here are left out"
-    as_bytes = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-    torch.set_rng_state(as_bytes(state['torch']))
-    for i, s in enumerate(state['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(as_bytes(s), i)
-    version, words, gauss = state['python']; random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state['numpy']; np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_as_bytes(state['torch']))
+    for i, text in enumerate(state['cuda'][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_as_bytes(text), i)
+    version, words, gauss = state['python']
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+def _as_text(s:Tensor)->str: return s.numpy().tobytes().hex()
+def _as_bytes(text:str)->Tensor: return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
