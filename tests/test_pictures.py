@@ -10,7 +10,8 @@ from matplotlib.textpath import text_to_path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
-NAMES = ['architecture.svg', 'map.svg', 'overview.svg']
+PARTS = sorted({path.name[0] for path in NBS.glob('[0-9]*.ipynb')})
+NAMES = ['architecture.svg', 'map.svg', 'overview.svg', *(f'part-{part}.svg' for part in PARTS)]
 SVG = '{http://www.w3.org/2000/svg}'
 
 @cache
@@ -41,6 +42,20 @@ def pages_on_map(svg): return [w for w in words(svg) if re.fullmatch(r'\d\d', w)
 
 def test_the_map_has_every_page_once():
     assert sorted(pages_on_map(drawn()['map.svg'])) == sorted(pages_of(NBS))
+
+@pytest.mark.parametrize('part', PARTS)
+def test_the_map_of_a_part_has_its_pages(part):
+    pages = sorted(page for page in pages_of(NBS) if page.startswith(part))
+    assert pages_on_map(drawn()[f'part-{part}.svg']) == pages
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_part_begins_with_its_map(part):
+    "After the title of its first page, and nowhere else"
+    pages = sorted(NBS.glob(f'{part}*.ipynb'))
+    cells = [json.loads(page.read_text(encoding='utf-8'))['cells'] for page in pages]
+    shown = [(page.stem, i) for page, of_page in zip(pages, cells) for i, cell in enumerate(of_page)
+             if f'](images/part-{part}.svg)' in ''.join(cell['source'])]
+    assert shown == [(pages[0].stem, 2)]
 
 def test_the_overview_names_pages_that_exist():
     named = [w.replace(' ', '_') for w in words(drawn()['overview.svg']) if re.fullmatch(r'\d\d [\w.]+', w)]

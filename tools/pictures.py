@@ -1,4 +1,4 @@
-"""Draw nbs/images/*.svg: the pipeline, the architecture and the map of the pages; --check only compares.
+"""Draw nbs/images/*.svg: pipeline, architecture, map of the pages, map of each part; --check only compares.
 
 Each picture carries its light and its dark colours, and its own ground: it can be read on a page of either
 kind, even where a reader has switched the page and the system is of the other kind.
@@ -362,6 +362,12 @@ def architecture(found):
 RAIL, BAND = (24, 46, 68), 88   # x of the tracks and of the parts
 CHIPS, CHIP = 244, 222          # x of their pages, and how wide one is
 
+def pages_of(part, found):
+    "(number, title) of the pages of a part"
+    return [page for page in found.values() if page[0].startswith(str(part))]
+
+def written_parts(found): return [part for part in PARTS if pages_of(part, found)]
+
 def listed(parts): return ', '.join(map(str, parts))
 
 def forms(title):
@@ -382,17 +388,17 @@ def chips(pic, part, titled, y):
         y += high + 6
     return y - 6
 
-def band(pic, part, titled, y):
+def band(pic, part, titled, y, left=BAND):
     "One part: its name, what it needs, its pages; returns where it ends"
     at = len(pic.body)
-    lines = wrap(PARTS[part].name, CHIPS - BAND - 46, 15, 'bold')
+    lines = wrap(PARTS[part].name, CHIPS - left - 46, 15, 'bold')
     needs = [n for n in PARTS[part].needs if n]
     end = max(chips(pic, part, titled, y + 10), y + 26 + 19*len(lines + needs[:1])) + 10
-    pic.box(BAND, y, 720 - BAND - 14, end - y, f'p{part}', 10)
+    pic.box(left, y, 720 - left - 14, end - y, f'p{part}', 10)
     pic.body.insert(at, pic.body.pop())   # below its pages
-    pic.text(BAND + 14, y + 32, str(part), 19, font='bold')
-    for n, line in enumerate(lines): pic.text(BAND + 36, y + 31 + 19*n, line, 15, font='bold')
-    if needs: pic.text(BAND + 36, y + 31 + 19*len(lines), f'after {listed(needs)}', 13, 'dim')
+    pic.text(left + 14, y + 32, str(part), 19, font='bold')
+    for n, line in enumerate(lines): pic.text(left + 36, y + 31 + 19*n, line, 15, font='bold')
+    if needs: pic.text(left + 36, y + 31 + 19*len(lines), f'after {listed(needs)}', 13, 'dim')
     return end
 
 def tracks(pic, middles):
@@ -410,13 +416,30 @@ def page_map(found):
     pic = Picture(720, 0, 'The map of the pages',
                   f'All pages, part by part, and three ways through them. {ways}.')
     y, middles = 112, {}
-    for part in PARTS:
-        titled = [page for page in found.values() if page[0].startswith(str(part))]
-        if not titled: continue   # not written yet
-        end = band(pic, part, titled, y)
+    for part in written_parts(found):
+        end = band(pic, part, pages_of(part, found), y)
         middles[part], y = (y + end)/2, end + 9
     tracks(pic, middles)
     pic.size = 720, round(y + 5)
+    return pic.svg()
+
+# --- 4: one part, at the head of its first page -----------------------------------------------------
+
+def strip(pic, part, written):
+    "All written parts in a row, this one with its colour"
+    pitch = (720 - 28)/len(written)
+    for i, other in enumerate(written):
+        x, here = 14 + pitch*i, other == part
+        pic.box(x, 12, pitch - 6, 34, f'p{part}' if here else 'panel', 8)
+        pic.text(x + (pitch - 6)/2, 34, str(other), 15, 'ink' if here else 'dim', 'bold', 'middle')
+
+def part_map(found, part):
+    "Where a part stands among the others, and its pages"
+    written = written_parts(found)
+    pic = Picture(720, 0, f'Part {part}: {PARTS[part].name}',
+                  f'Part {part} of {len(written)} parts, numbered {listed(written)}, with its pages.')
+    strip(pic, part, written)
+    pic.size = 720, round(band(pic, part, pages_of(part, found), 56, left=14) + 14)
     return pic.svg()
 
 # --- all of them ------------------------------------------------------------------------------------
@@ -426,7 +449,8 @@ PICTURES = {'overview.svg': overview, 'architecture.svg': architecture, 'map.svg
 def draw(nbs=ROOT/'nbs'):
     "{file name: text} of all pictures"
     found = pages(nbs)
-    return {name: picture(found) for name, picture in PICTURES.items()}
+    parts = {f'part-{part}.svg': part_map(found, part) for part in written_parts(found)}
+    return {name: picture(found) for name, picture in PICTURES.items()} | parts
 
 def main():
     drawn = draw()
