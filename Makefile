@@ -7,7 +7,7 @@ TORCH_WANTED := $(if $(TORCH),torch==$(TORCH),$(shell sed -n 's/^requirements = 
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test versions torture test-slurm gpu notebooks prepare docs clean named FORCE
+.PHONY: help toy test versions torture test-slurm gpu notebooks edit prepare docs clean named FORCE
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make torture    ranks killed at random instants, during saves too (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
 	@echo 'make gpu        on a machine with a GPU: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour; PARTS="graphs sync")'
+	@echo 'make edit       the notebooks in Jupyter Lab'
 	@echo 'make prepare    after editing a notebook: clean, export, pictures, README'
 	@echo 'make docs       the site in _docs, with search and an index of all names (a minute; needs no PyTorch)'
 	@echo 'make clean      remove .venv and what the tools leave behind; runs/ stays'
@@ -28,22 +29,25 @@ toy: .venv/installed
 test: notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
-versions: .venv/installed-dev
+versions: .venv/installed-test
 	$(BIN)/python tools/versions.py
 
-torture: .venv/installed-dev
+torture: .venv/installed-test
 	$(BIN)/python -m pytest tests/torture.py
 
-test-slurm: .venv/installed-dev
+test-slurm: .venv/installed-test
 	$(BIN)/python -m pytest -rP tests/slurm.py
 
-gpu: .venv/installed-dev
+gpu: .venv/installed-test
 	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
-notebooks: .venv/installed-dev
+notebooks: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tools/pages.py --n_workers 2
 
-prepare: .venv/installed-dev
+edit: .venv/installed-dev
+	$(BIN)/jupyter lab nbs
+
+prepare: .venv/installed-test
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/pictures.py
@@ -72,19 +76,24 @@ named: .venv/bin/python
 	@[ -f $@ ] || touch $@
 	@[ -z '$(TORCH)' ] || [ '$(TORCH)' = "$$(cat $@)" ] || echo '$(TORCH)' > $@
 
+# --no-compile: Python compiles what it imports; pip would compile 14,000 files, most of which nobody asks for
 define install
 @echo "installing into .venv: $(TORCH_WANTED) and what else $(1) needs"
-@$(if $(TORCH_INDEX),$(BIN)/pip install -q --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
-@$(BIN)/pip install -q -e '$(1)' '$(TORCH_WANTED)'
+@$(if $(TORCH_INDEX),$(BIN)/pip install -q --no-compile --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
+@$(BIN)/pip install -q --no-compile -e '$(1)' '$(TORCH_WANTED)'
 endef
 
 .venv/installed: .venv/torch settings.ini setup.py
 	$(call install,.)
 	@touch $@
 
+.venv/installed-test: .venv/torch settings.ini setup.py
+	$(call install,.[test])
+	@touch .venv/installed .venv/installed-docs $@
+
 .venv/installed-dev: .venv/torch settings.ini setup.py
 	$(call install,.[dev])
-	@touch .venv/installed .venv/installed-docs $@
+	@touch .venv/installed .venv/installed-docs .venv/installed-test $@
 
 # The site reads notebooks and modules and runs nothing, so it needs neither the package nor PyTorch
 .venv/installed-docs: settings.ini setup.py | named

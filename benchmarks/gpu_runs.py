@@ -136,7 +136,7 @@ def equal(a:tuple, b:tuple)->bool:
 def resumes(desk, name:str, repeats:bool=False, **settings):
     """A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if
     two of those do"""
-    settings = {'steps': 400 if desk.gpu else 80, **settings}
+    settings = {'steps': 400 if desk.gpu else 30, **settings}
     whole = write_run(desk, **settings)
     def train(path): return finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
     said = train(whole[0])

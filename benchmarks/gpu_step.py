@@ -361,7 +361,7 @@ def shares(desk, who:Contestant, found:Counter, seconds:float):
 
 def loss_share(desk, contest:Contest, who:Contestant):
     "The loss by itself, forward and backward, at the same size: its share of the step"
-    from llama_nb.train.chunked_loss import chunked_loss_sum
+    from llama_nb.model.chunked_loss import chunked_loss_sum
     c, weight = contest.config, contest.base.output.weight
     hidden = torch.randn(who.micro, c.max_seq_len, c.dim, device=weight.device, dtype=contest.dtype,
                          requires_grad=True)

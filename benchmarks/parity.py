@@ -6,7 +6,7 @@ parallel code runs.
 writes `parity.md` next to this file. Ranks are processes joined by gloo; a few minutes on two CPU cores.
 `tests/test_parity.py` holds the same numbers, from the same worker, below 1e-5.
 """
-import tempfile
+import functools, tempfile
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -53,17 +53,17 @@ def build(config, mode, mesh=None, sequence=True, dtype=torch.float32, compiler=
         for p in model.parameters(): p.mul_(10 if p.ndim > 1 else 1)
     return model
 
-def five_steps(model, rank=0, size=1, pieces=1, dtype=torch.float32):
-    """What five steps leave behind, if this is rank `rank` of `size` that share a batch and it takes its part
-    in so many pieces"""
+def take_steps(model, steps=5, rank=0, size=1, micro_batches=1, dtype=torch.float32):
+    """What some steps leave behind, if this is rank `rank` of `size` that share a batch and it takes its part
+    in so many micro-batches"""
     # the paper's rates; no warm-up, so the first steps are the largest
     optimizer = make_optimizer(model, OptimConfig())
     out = {'start': {n: whole(p).detach().clone() for n, p in model.named_parameters()}, 'loss': [],
            'norm': []}
-    for step in range(5):
+    for step in range(steps):
         inputs, targets = batch(model.config, step)
         mine = inputs.chunk(size)[rank], targets.chunk(size)[rank]
-        out['loss'].append(accumulate(model, *mine, len(mine[0])//pieces, dtype,
+        out['loss'].append(accumulate(model, *mine, len(mine[0])//micro_batches, dtype,
                                       count=(targets != -100).sum()))
         finish_gradients(model)
         if step == 0: out['gradients'] = {n: whole(p.grad).clone() for n, p in model.named_parameters()}
@@ -82,36 +82,40 @@ def compare(reference, got): # of each tensor the norm of the difference / its n
     return {'same start': same,
             **{key: worst(got[key], reference[key]) for key in ('loss', 'gradients', 'norm', 'weights')}}
 
-def measure(folder, cases):
+mesh_of = functools.cache(lambda degrees: make_mesh(degrees, 'cpu'))   # its groups connect once
+
+def measure(folder, cases, steps=5):
     """On each rank and for each case (layout, recompute mode, model, dtype, factor of the gradients,
-    compiler): how far it lies from the reference in `folder`"""
+    compiler): how far it lies from the reference in `folder`, which made as many steps"""
     result = []
     for name, mode, model, dtype, factor, compiler in cases:
         degrees, sequence = LAYOUTS[dist.get_world_size()][name]
-        mesh, dtype = make_mesh(degrees, 'cpu'), getattr(torch, dtype)
+        mesh, dtype = mesh_of(degrees), getattr(torch, dtype)
         shared = build(MODELS[model], mode, mesh, sequence, dtype, compiler)
         if factor != 1:
             shared.apply(lambda m: hasattr(m, 'set_gradient_divide_factor')
                          and m.set_gradient_divide_factor(1/factor))
         rank, size = data_rank(mesh)
-        got = five_steps(shared, rank, size, 2, dtype)
+        got = take_steps(shared, steps, rank, size, 2, dtype)
         got['loss'] = total(got['loss'])/degrees[2]  # the ranks of a tensor group have the same part
         result.append(compare(torch.load(f'{folder}/{model}', weights_only=True), got))
     return result
 
-def save_references(folder):
-    for name, config in MODELS.items(): torch.save(five_steps(build(config, 'none')), f'{folder}/{name}')
+def save_references(folder, steps=5):
+    for name, config in MODELS.items():
+        torch.save(take_steps(build(config, 'none'), steps), f'{folder}/{name}')
 
 def case(name, mode='none', model='even', dtype='float32', factor=1., compiler=None):
     return name, mode, model, dtype, factor, compiler
 
 def matrix():
-    "One row a layout and mode: (processes, layout, mode, worst errors)"
+    "One row per layout and mode: (processes, layout, mode, worst errors)"
     with tempfile.TemporaryDirectory() as folder:
         save_references(folder)
         reference = torch.load(f'{folder}/even', weights_only=True)
         rows = [(1, 'one process', mode,
-                 compare(reference, five_steps(build(MODELS['even'], mode), pieces=2))) for mode in MODES]
+                 compare(reference, take_steps(build(MODELS['even'], mode), micro_batches=2)))
+                for mode in MODES]
         for n, layouts in LAYOUTS.items():
             cases = [case(name, mode) for name in layouts for mode in MODES]
             ranks = run_ranks('parity:measure', n, {'folder': folder, 'cases': cases}, timeout=1200)
@@ -131,10 +135,10 @@ if __name__ == '__main__':
 Worst relative error of five AdamW steps against one process in which no parallel code runs: the loss and the
 global gradient norm of each step, every gradient of the first, every weight after the last. Measured on a CPU
 with torch {torch.__version__.split("+")[0]}, gloo and float32, by `python benchmarks/parity.py`; the batch
-comes in two or more pieces, with unequal numbers of targets on the ranks. The error of a tensor is the norm
-of the difference over its norm. Float32 rounds at 6e-8, and sums in another order add a few such roundings in
-each layer. A single weight may differ more, up to 1e-5 of the largest: AdamW divides a gradient by its own
-size, so where that is nearly nothing its rounding error becomes a step.
+comes in two or more micro-batches, with unequal numbers of targets on the ranks. The error of a tensor is
+the norm of the difference over its norm. Float32 rounds at 6e-8, and sums in another order add a few such
+roundings in each layer. A single weight may differ more, up to 1e-5 of the largest: AdamW divides a gradient
+by its own size, so where that is nearly nothing its rounding error becomes a step.
 
 ''' + '\n'.join(lines) + '\n'
     (Path(__file__).parent/'parity.md').write_text(text, encoding='utf-8')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'PRESETS', 'FREE_SETTINGS', 'setting', 'check_fields', 'ffn_width', 'ModelConfig', 'parameter_table',
-           'OptimConfig', 'DataConfig', 'TrainConfig', 'ParallelConfig', 'RunConfig', 'setting_names', 'parse_flags',
-           'load_run', 'dump_run', 'differences']
+           'OptimConfig', 'DataConfig', 'TrainConfig', 'ParallelConfig', 'check_tensor_degree', 'degrees', 'RunConfig',
+           'setting_names', 'parse_flags', 'load_run', 'dump_run', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
 import contextlib, io, math, re, tomllib
@@ -179,6 +179,36 @@ class ParallelConfig:
     async_tensor:bool=setting(False, True)                 # ... and send pieces of a product while they compute the next; compiled blocks, GPUs joined by NVLink
 
     def __post_init__(self): check_fields(self)
+
+# %% ../nbs/01_config.ipynb #tensor-degree
+def check_tensor_degree(c:ModelConfig,
+                        n:int, # ranks that share a matrix multiplication
+                       ):
+    "Raise `UserError` naming the possible numbers unless `n` ranks can share the matrix multiplications"
+    shared = c.n_heads, c.ffn_dim, c.vocab_size
+    fits = [m for m in range(1, c.n_heads + 1) if all(size % m == 0 for size in shared)]
+    if n in fits: return
+    raise UserError(f'{n} ranks cannot share {c.n_heads} heads, a feed-forward width of {c.ffn_dim} and '
+                    f'a vocabulary of {c.vocab_size}; choose parallel.tensor from {fits}')
+
+# %% ../nbs/01_config.ipynb #degrees
+def degrees(config:ParallelConfig,
+            model:ModelConfig,
+            world_size:int, # number of ranks
+           )->tuple[int, int, int]: # replicate, shard, tensor
+    "How the ranks are divided. Raises `UserError` naming the legal choices"
+    replicate, tensor = config.replicate, config.tensor
+    check_tensor_degree(model, tensor)
+    if world_size % tensor:
+        raise UserError(f'parallel.tensor {tensor} must divide the number of ranks, {world_size}')
+    rest = world_size//tensor
+    shard = config.shard or rest//replicate
+    if replicate*shard == rest: return replicate, shard, tensor
+    sharded = config.shard or '(0: the rest)'
+    asked = f'parallel.replicate {replicate} x parallel.shard {sharded} x parallel.tensor {tensor}'
+    pairs = ', '.join(f'{n} x {rest//n}' for n in range(1, rest + 1) if rest % n == 0)
+    raise UserError(f'{asked} are not {world_size} ranks; with tensor {tensor}, '
+                    f'replicate x shard can be {pairs}')
 
 # %% ../nbs/01_config.ipynb #runconfig
 @dataclass(frozen=True)

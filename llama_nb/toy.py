@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from .config import PRESETS, DataConfig, OptimConfig, RunConfig, TrainConfig
-from .core import UserError, write_atomic
+from .core import UserError
+from .files import write_atomic
 from .data.documents import Document, split_documents, stdlib_documents, topic_documents
 from .data.loader import Loader
 from .data.shards import TokenShards, write_shards

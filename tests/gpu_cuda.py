@@ -5,7 +5,7 @@ import pytest, torch
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.model.kernels import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
-from llama_nb.train.chunked_loss import chunked_loss_sum
+from llama_nb.model.chunked_loss import chunked_loss_sum
 from llama_nb.train.loss import loss_sum
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
 from llama_nb.train.metrics import StepInFlight

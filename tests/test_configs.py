@@ -2,8 +2,7 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import pytest
-from llama_nb.config import PRESETS, load_run
-from llama_nb.parallel.mesh import degrees
+from llama_nb.config import PRESETS, degrees, load_run
 from llama_nb.scale.memory import memory_line, memory_per_rank
 from llama_nb.toy import toy_config
 from conftest import ENV
@@ -56,10 +55,10 @@ BUILD = """
 import json, sys, torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from llama_nb.config import load_run
+from llama_nb.config import degrees, load_run
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.data import apply_data_parallel
-from llama_nb.parallel.mesh import data_rank, degrees, make_mesh
+from llama_nb.parallel.mesh import data_rank, make_mesh
 from llama_nb.parallel.tensor import apply_tensor_parallel
 path, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=world)

@@ -115,4 +115,4 @@ def test_hooks_use_what_is_installed():
     hooks = yaml.safe_load(read('.pre-commit-config.yaml'))['repos'][0]['hooks']
     entries = ' '.join(h['entry'] for h in hooks)
     tools = set(re.findall(r'\.venv/bin/([\w-]+)', entries))
-    assert tools and tools <= {re.match(r'[\w-]+', r)[0] for r in setting('dev_requirements').split()}
+    assert tools and tools <= {re.match(r'[\w-]+', r)[0] for r in setting('test_requirements').split()}

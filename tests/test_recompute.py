@@ -17,7 +17,7 @@ def three_steps(path, *settings):
 @pytest.mark.parametrize('mode', [m for m in RECOMPUTE if m not in ('none', 'budget')])
 @pytest.mark.parametrize('documents', ['cross', 'separate'])
 def test_the_same_run(run_file, mode, documents):
-    path, common = run_file(10), ('--data.documents', documents)  # 8 sequences a step in pieces of 4
+    path, common = run_file(10), ('--data.documents', documents)  # 8 sequences a step, 4 at a time
     right, weights = three_steps(path, *common)
     got, other = three_steps(path, *common, '--train.recompute', mode)
     for a, b in zip(got, right): assert a == pytest.approx(b, rel=1e-5)  # float32, sums in another order

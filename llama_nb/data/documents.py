@@ -11,7 +11,8 @@ import gzip, hashlib, json, platform, sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from ..core import UserError, write_atomic
+from ..core import UserError
+from ..files import write_atomic
 
 # %% ../../nbs/11_data.documents.ipynb #document
 @dataclass

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
-from ..core import TemporaryError, UserError, bytes_digest, file_digest, publish_folder
+from ..core import TemporaryError, UserError
+from ..files import bytes_digest, file_digest, publish_folder
 
 # %% ../../nbs/12_data.shards.ipynb #document-tokens
 def token_dtype(vocab_size:int)->np.dtype: # little-endian

@@ -10,7 +10,8 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 import sentencepiece
-from ..core import UserError, bytes_digest, write_atomic
+from ..core import UserError
+from ..files import bytes_digest, write_atomic
 
 # %% ../../nbs/10_data.tokenizer.ipynb #spec
 LLAMA_SPEC = dict(model_type='bpe', character_coverage=0.99995,

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 from ..core import UserError, choose
+from ..private import constant_in_graphs, cpu_attention, cpu_attention_backward
+from ..private import xformers_borders, xformers_has_kernels
 
 # %% ../../nbs/40_model.kernels.ipynb #attention-mask
 def attention_mask(t:int,                 # queries, the last t of the s positions
@@ -133,24 +135,8 @@ def _operator(name:str,
     op.register_autograd(differentiate, setup_context=_save)
     return op
 
-# %% ../../nbs/40_model.kernels.ipynb #private-parts
+# %% ../../nbs/40_model.kernels.ipynb #loaded
 _LOADED = {} # functions of libraries that are imported where a GPU is
-
-def _flash(*args, **kwargs): # (b, h, t, k) each -> out, lse
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
-
-def _flash_backward(*args): # gradient, q, k, v, out, lse, dropout, is_causal -> gradients of q, k, v
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args)
-
-def _constant(function): # torch.compiler.assume_constant_result, without importing the compiler now
-    function._dynamo_marked_constant = True
-    return function
-
-def _sequence_info(borders, longest, total): # xformers' borders; its public way reads them on the host
-    info = _LOADED['xformers'].attn_bias._SeqLenInfo
-    return info(seqstart=borders, max_seqlen=longest, min_seqlen=0, seqstart_py=[0, total])
-
-def _extension_loads()->bool: return importlib.import_module('xformers._cpp_lib')._built_with_cuda
 
 # %% ../../nbs/40_model.kernels.ipynb #documents
 def _stretches(borders:Tensor, *rows): # per document: where it is in the row, and its part of each of `rows`
@@ -162,13 +148,13 @@ def _joined(parts, like:Tensor)->Tensor: # (1, h, length, k) of each document ->
     return torch.cat([x[0].transpose(0, 1) for x in parts]).view(like.shape)
 
 def _documents_forward(q, k, v, borders):
-    out, lse = zip(*(_flash(*qkv, is_causal=True) for _, qkv in _stretches(borders, q, k, v)))
+    out, lse = zip(*(cpu_attention(*qkv, is_causal=True) for _, qkv in _stretches(borders, q, k, v)))
     return _joined(out, q), torch.cat(lse, 2).contiguous()
 
 def _documents_backward(gradient, q, k, v, borders, out, lse):
     found = []
     for at, rows in _stretches(borders, gradient, q, k, v, out):
-        found.append(_flash_backward(*rows, lse[:, :, at], 0., True))
+        found.append(cpu_attention_backward(*rows, lse[:, :, at], 0., True))
     return tuple(_joined(parts, q) for parts in zip(*found))
 
 _attend_documents = _operator('attend_documents', _documents_forward, _documents_backward)
@@ -210,7 +196,7 @@ def _for_xformers(borders, *rows): # what its functions want: the rows, and a de
     masks = _LOADED['xformers'].attn_bias
     b, t = rows[0].shape[:2]
     if borders is None: return rows, None if t == 1 else masks.LowerTriangularFromBottomRightMask()
-    info = _sequence_info(borders, t, b*t)
+    info = xformers_borders(masks, borders, t, b*t)
     one_row = [x.flatten(0, 1)[None] for x in rows]
     return one_row, masks.BlockDiagonalCausalMask(q_seqinfo=info, k_seqinfo=info)
 
@@ -299,7 +285,7 @@ def _load_xformers():
         _LOADED['xformers'] = importlib.import_module('xformers.ops.fmha')
     finally:
         log.setLevel(level)
-    if torch.version.cuda and not _extension_loads():
+    if torch.version.cuda and not xformers_has_kernels():
         raise ImportError(f'its extension does not load beside torch {torch.__version__}; '
                           'pip install nvidia-cuda-runtime-cu12')
 
@@ -331,7 +317,7 @@ def _one_line(error:Exception)->str:
 # %% ../../nbs/40_model.kernels.ipynb #backends
 TRIALS = {} # what was found once: (name, device, type, head width, packed) -> problem
 
-@_constant
+@constant_in_graphs
 def backend_problem(name:str,             # a key of `BACKENDS`
                     device:torch.device,
                     dtype:torch.dtype=torch.float32, # of queries, keys and values

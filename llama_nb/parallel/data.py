@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as torch's checkpoints do
 from ..model.transformer import LLaMA, weight_std
+from ..private import local_box
 
 # %% ../../nbs/52_parallel.data.ipynb #apply
 def apply_data_parallel(model:LLaMA,     # on any device; after tensor parallelism, recompute and compile
@@ -53,7 +53,7 @@ def _draw(name:str, seed:int, block:int, shape)->Tensor: # standard normal, on t
 
 def _place(p:Tensor): # (rows, columns) of this rank's part, and where it begins
     if not isinstance(p, DTensor): return p.shape, (0, 0)
-    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return local_box(p.shape, p.device_mesh, p.placements)
 
 def _fill(name:str, p:Tensor, mine:Tensor, seed:int, std:float):
     "Give this rank's part `mine` of the matrix `p` its numbers"

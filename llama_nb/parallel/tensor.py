@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from ..config import check_tensor_degree
 from ..core import UserError, to_autocast
+from ..model.chunked_loss import sum_over_chunks
 from ..model.norm import rmsnorm
 from ..model.transformer import LLaMA
-from .mesh import check_tensor_degree
+from ..private import COLLECTIVES, send_while_multiplying
 
 # %% ../../nbs/51_parallel.tensor.ipynb #gains
 class _SharedNorm(ParallelStyle):
@@ -37,8 +38,6 @@ class _SharedNorm(ParallelStyle):
         return norm
 
 # %% ../../nbs/51_parallel.tensor.ipynb #row-product
-_COLLECTIVES = torch.ops._c10d_functional                   # those that the compiler uses
-
 def _stretches(x:Tensor, n:int)->Tensor: return torch.cat(x.chunk(n, 1))     # (b, t, f) -> (n*b, t/n, f)
 def _together(x:Tensor, n:int)->Tensor: return torch.cat(x.chunk(n), 1)      # and back
 
@@ -51,10 +50,10 @@ def row_product(x:Tensor,      # (b, t, f/n) this rank's columns of the input
                )->Tensor:      # (b, t/n, d), or (b, t, d)
     "A linear layer whose input ranks share by columns, and the sum over them, as one operator"
     part = (_stretches(x, n) if scatter else x)@weight.T
-    if scatter: total = _COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group)
+    if scatter: total = COLLECTIVES.reduce_scatter_tensor(part, 'sum', n, group)
     else:
-        total = _COLLECTIVES.all_reduce(part, 'sum', group)
-    return _COLLECTIVES.wait_tensor(total)
+        total = COLLECTIVES.all_reduce(part, 'sum', group)
+    return COLLECTIVES.wait_tensor(total)
 
 @row_product.register_fake
 def _(x, weight, scatter, n, group):
@@ -70,8 +69,8 @@ def _row_product_backward(ctx, dy):
     x, weight = ctx.saved_tensors
     scatter, n, group = ctx.layout
     if scatter:
-        gathered = _COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)
-        dy, x = _COLLECTIVES.wait_tensor(gathered), _stretches(x, n)
+        gathered = COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)
+        dy, x = COLLECTIVES.wait_tensor(gathered), _stretches(x, n)
     dx = dy@weight
     dweight = dy.flatten(0, 1).T@x.flatten(0, 1)
     return _together(dx, n) if scatter else dx, dweight, None, None, None
@@ -149,31 +148,20 @@ def _softmax_terms(z:Tensor,    # (tokens, v/n) logits of this rank; becomes exp
     return shared.split(1, 1)
 
 # %% ../../nbs/51_parallel.tensor.ipynb #loss
-class _VocabularyParallelLoss(torch.autograd.Function):
-    "Summed cross-entropy over logits that ranks share by vocabulary; `hidden` gets its part of a gradient"
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, ignore_index, group):
-        w = weight.to(hidden.dtype)
-        first = dist.get_rank(group)*len(w)                 # of this rank's rows
-        total = hidden.new_zeros((), dtype=torch.float32)
-        dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for h, y, d in zip(hidden.split(chunk), targets[:, None].split(chunk), dh.split(chunk)):
-            counts, mine = (y != ignore_index).float(), ((y >= first) & (y < first + len(w))).float()
-            row = (y - first).clamp(0, len(w) - 1)
-            z = (h@w.T).float()
-            picked, norm = _softmax_terms(z, row, mine, group)
-            total += ((norm.log() - picked)*counts).sum()
-            z = z.mul_(counts/norm).scatter_add_(1, row, -counts*mine).to(h.dtype)
-            torch.mm(z, w, out=d)
-            dw += z.T@h
-        ctx.gradients = dh, dw.to(weight.dtype)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, scale):
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(g.mul_(scale) for g in gradients), None, None, None, None
+def _loss_and_error(z:Tensor,    # (c, v/n) float32, this rank's logits; if `wanted`, then their gradient
+                    y:Tensor,    # (c, 1) int64, targets
+                    wanted:bool, # whether a gradient will be needed
+                    first:int,   # entry of the vocabulary that this rank begins with
+                    ignore_index:int,
+                    group,
+                   )->Tensor:    # scalar, sum of -ln p, the same on all ranks
+    "Summed cross-entropy of a chunk whose logits ranks share by vocabulary"
+    counts = (y != ignore_index).float()
+    mine = ((y >= first) & (y < first + z.shape[1])).float()
+    row = (y - first).clamp(0, z.shape[1] - 1)
+    picked, norm = _softmax_terms(z, row, mine, group)
+    if wanted: z.mul_(counts/norm).scatter_add_(1, row, -counts*mine)
+    return ((norm.log() - picked)*counts).sum()
 
 # %% ../../nbs/51_parallel.tensor.ipynb #loss-sum
 def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n, d): `model.hidden(...)`
@@ -192,8 +180,10 @@ def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n
     layout = Replicate() if hidden.shape[1] == t else Shard(1)
     stream = DTensor.from_local(to_autocast(hidden), mesh, [layout], run_check=False)
     whole = stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return _VocabularyParallelLoss.apply(whole.flatten(0, 1), weight.to_local(), targets.flatten(),
-                                         chunk, ignore_index, mesh.get_group())
+    rows, group = weight.to_local(), mesh.get_group()
+    cross_entropy = partial(_loss_and_error, first=dist.get_rank(group)*len(rows),
+                            ignore_index=ignore_index, group=group)
+    return sum_over_chunks(whole.flatten(0, 1), rows, targets.flatten(), chunk, cross_entropy)
 
 # %% ../../nbs/51_parallel.tensor.ipynb #async
 def _async_problem(mesh:DeviceMesh, compiled:bool)->str|None:
@@ -217,12 +207,8 @@ def async_tensor_parallel(mesh:DeviceMesh, # one dimension, the ranks that share
     "Let blocks compiled later send while they compute. Raises `UserError` where that cannot work"
     problem = _async_problem(mesh, compiled)
     if problem: raise UserError(f'asynchronous tensor parallelism cannot work here: {problem}')
-    from torch._inductor import config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-    enable_symm_mem_for_group(mesh.get_group().group_name)
     found = Counter()
-    config._micro_pipeline_tp = True
-    config.post_grad_custom_post_pass = partial(_note_fused, found)
+    send_while_multiplying(mesh.get_group(), partial(_note_fused, found))
     return found
 
 def check_fused(found:Counter # from `async_tensor_parallel`, after the first step

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from ..core import UserError, file_digest, fsync_folder, publish_folder
+from ..core import UserError
+from ..files import file_digest, fsync_folder, publish_folder
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
 from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, storage_on_rank_zero, plan_sharded, read_index,

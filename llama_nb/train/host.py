@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 import torch
 from torch import Tensor
-from ..core import write_atomic
+from ..files import write_atomic
 from ..parallel.mesh import on_rank_zero
 
 # %% ../../nbs/90_train.host.ipynb #keep-freed-memory

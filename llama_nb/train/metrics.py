@@ -14,7 +14,7 @@ from typing import TextIO
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import write_atomic
+from ..files import write_atomic
 
 # %% ../../nbs/64_train.metrics.ipynb #read-metrics
 def read_metrics(path)->list[dict]: # one dict per step

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
-from ..config import RunConfig, differences, dump_run, load_run
-from ..core import UserError, choose, native_bfloat16, pick_dtype, write_atomic
+from ..config import RunConfig, degrees, differences, dump_run, load_run
+from ..core import UserError, choose, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
+from ..files import write_atomic
 from ..model.kernels import backend_report, pick_backend
 from ..model.transformer import LLaMA
 from ..parallel.data import apply_data_parallel, materialize
-from ..parallel.mesh import data_rank, degrees, make_mesh, on_all_ranks, on_rank_zero
+from ..parallel.mesh import data_rank, make_mesh, on_all_ranks, on_rank_zero
 from ..parallel.mesh import rank_and_size, total
 from ..parallel.processes import start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel

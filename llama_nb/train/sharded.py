@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate
-from ..core import TemporaryError, UserError, file_digest, is_temporary
+from ..core import TemporaryError, UserError, is_temporary
+from ..files import file_digest
 from ..parallel.mesh import error_line, on_all_ranks, on_rank_zero, rank_and_size
 
 # %% ../../nbs/61_train.sharded.ipynb #error

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from ..data.loader import batch_borders, prefetch
 from ..data.shards import TokenShards
+from ..model.chunked_loss import chunked_loss_sum
 from ..model.transformer import LLaMA
 from ..parallel.data import sync_gradients
 from ..parallel.mesh import on_all_ranks, on_rank_zero
@@ -22,7 +23,6 @@ from ..parallel.processes import last_words
 from ..parallel.tensor import check_fused, finish_gradients, parallel_loss_sum
 from ..scale.flops import flops_per_token
 from . import checkpoint as ckpt
-from .chunked_loss import chunked_loss_sum
 from .guards import STOP_SIGNALS, SpikeGuard, quiet_gc, stop_on_signal, watchdog
 from .metrics import Metrics, StepInFlight, open_metrics
 from .optim import clip_grad_norm, cosine_lr, set_lr
