@@ -8,7 +8,7 @@ from llama_nb.model.transformer import LLaMA
 from llama_nb.model.chunked_loss import chunked_loss_sum
 from llama_nb.train.loss import loss_sum
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
-from llama_nb.train.trainer import StepInFlight
+from llama_nb.train.metrics import StepInFlight
 
 if not torch.cuda.is_available(): pytest.skip('no GPU', allow_module_level=True)
 CUDA = torch.device('cuda')

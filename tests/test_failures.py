@@ -14,7 +14,7 @@ from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh, processes
 from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
 from llama_nb.parallel.processes import host_group, run_ranks, start_ranks
-from llama_nb.train import checkpoint, trainer
+from llama_nb.train import checkpoint, metrics as log, trainer
 from llama_nb.train.guards import collective_seconds
 
 # --- a rank that fails --------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def test_a_mark_stands_in_the_queue_of_its_own_gpu(monkeypatch):
                                copy_=lambda source, non_blocking: 'on the way'),
                            cuda=SimpleNamespace(current_stream=lambda device=None: asked.append(device)
                                                 or SimpleNamespace(record_event=lambda: 'mark')))
-    monkeypatch.setattr(trainer, 'torch', stub)
-    travelling = trainer.StepInFlight([torch.ones(1)])
+    monkeypatch.setattr(log, 'torch', stub)
+    travelling = log.StepInFlight([torch.ones(1)])
     assert (travelling.values, travelling.mark, asked) == ('on the way', 'mark', [device])
 
 def test_a_save_waits_for_the_gpu_that_its_tensors_are_on(monkeypatch, tmp_path):

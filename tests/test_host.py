@@ -141,11 +141,11 @@ def test_a_run_keeps_its_type(run_file, monkeypatch):
     import torch
     from llama_nb import core
     from llama_nb.config import load_run
-    from llama_nb.train import trainer
+    from llama_nb.train import run
     from llama_nb.train.trainer import fit, start_run
     path, lines = run_file(3), []
     def begin(native):
-        for module in (core, trainer): monkeypatch.setattr(module, 'native_bfloat16', lambda device: native)
+        for module in (core, run): monkeypatch.setattr(module, 'native_bfloat16', lambda device: native)
         return start_run(load_run(path, ['--train.dtype', 'auto']), report=lines.append)
     assert fit(begin(True), progress=False) == 0
     assert load_run(path.with_suffix('')/'config.toml').train.dtype == 'bfloat16'
