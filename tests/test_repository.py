@@ -1,5 +1,5 @@
 "The repository as a whole: nothing differs from what the notebooks export, and imports point one way."
-import ast, json, os, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -127,6 +127,34 @@ def test_arithmetic_that_trains_is_seen(tmp_path):
     found = against_the_stream(broken)
     names = ['parallel', 'train', 'train.trainer']
     assert sorted(found) == [f'scale.flops -> {name}' for name in names]
+
+def private_names(path):
+    "Names with an underscore that a module takes from torch or xformers, by import or by attribute"
+    from_outside = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, 'module', None)
+            names = [f'{module}.{a.name}' if module else a.name for a in node.names]
+            from_outside |= {name for name in names if name.split('.')[0] in ('torch', 'xformers')}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith('torch.'):
+            from_outside.add(ast.unparse(node))
+    return {name for name in from_outside if re.search(r'\._[a-z]', name, re.I)}
+
+def users_of_private_names(root):
+    "'model.norm: torch._dynamo' for each, but for the one module that wraps them"
+    found = {path: private_names(path) for path in modules(root) if path.name != 'private.py'}
+    return [f'{".".join(path.relative_to(root/"llama_nb").with_suffix("").parts)}: {name}'
+            for path, names in found.items() for name in sorted(names)]
+
+def test_private_parts_of_torch_are_used_in_one_module():
+    assert users_of_private_names(ROOT) == []
+
+def test_a_private_name_is_seen(tmp_path):
+    broken = copy_of(ROOT, tmp_path/'broken')
+    with open(broken/'llama_nb'/'model'/'norm.py', 'a') as f:
+        f.write('\nfrom torch._inductor import config\nx = torch._dynamo.reset()\n')
+    assert users_of_private_names(broken) == ['model.norm: torch._dynamo', 'model.norm: torch._dynamo.reset',
+                                              'model.norm: torch._inductor.config']
 
 def defined(path):
     "Names that stand at the top of a module, whatever defines or imports them; also inside of `if` and `try`"
