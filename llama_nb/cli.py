@@ -32,8 +32,8 @@ class Toy:
         from llama_nb.train.host import prepare_run
         pick_device(self.device)                      # before anything is made
         config = toy_config(self.out, self.steps, self.seed, self.device)
-        finished = toy(config, ready=prepare_run)
-        return 0 if finished else 130
+        done = toy(config, ready=prepare_run)
+        return 128 + done if isinstance(done, int) else 0
 
 # %% ../nbs/92_cli.ipynb #refuse
 def refuse_existing(path,    # that a command would write

@@ -6,7 +6,7 @@
 __all__ = ['bytes_digest', 'file_digest', 'fsync_folder', 'write_atomic', 'publish_folder']
 
 # %% ../nbs/91_files.ipynb #imports
-import hashlib, os, tempfile
+import hashlib, os, secrets
 from pathlib import Path
 
 # %% ../nbs/91_files.ipynb #digests
@@ -37,24 +37,18 @@ def write_atomic(path,            # where the file shall stand; its folder is ma
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = data.encode() if isinstance(data, str) else data
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    tmp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+    fd = os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, 'O_BINARY', 0), 0o666)
     try:
         with os.fdopen(fd, 'wb') as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
     except BaseException:
         os.unlink(tmp)
         raise
     fsync_folder(path.parent)
-
-# %% ../nbs/91_files.ipynb #umask
-def _umask()->int: # the process's file creation mask; it can only be read by setting it
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 # %% ../nbs/91_files.ipynb #publish-folder
 def publish_folder(tmp,   # a complete folder under a temporary name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLLECTIVES', 'cpu_attention', 'cpu_attention_backward', 'onednn_linear', 'has_onednn_linear', 'cpu_keys',
            'constant_in_graphs', 'compiler_with_budget', 'send_while_multiplying', 'set_group_timeout', 'local_box',
-           'xformers_borders', 'xformers_has_kernels']
+           'is_strided', 'skip_where', 'xformers_borders', 'xformers_has_kernels']
 
 # %% ../nbs/95_private.ipynb #imports
 import importlib
@@ -80,7 +80,18 @@ def local_box(shape:tuple, mesh:'torch.distributed.DeviceMesh', placements:tuple
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
     return compute_local_shape_and_global_offset(shape, mesh, placements)
 
+def is_strided(placement:'torch.distributed.tensor.placement_types.Placement')->bool:
+    "Whether this cut comes after those of later mesh dimensions: FSDP's, if tensor ranks cut the same rows"
+    return hasattr(placement, 'split_factor')
+
 COLLECTIVES = torch.ops._c10d_functional # those that the compiler takes into its graphs
+
+# %% ../nbs/95_private.ipynb #optimiser
+def skip_where(optimizer:torch.optim.Optimizer, # fused
+               bad:Tensor,                      # () float32, 1: change nothing
+              ):
+    "Settle on the device whether the optimiser's next step changes anything"
+    optimizer.found_inf = bad
 
 # %% ../nbs/95_private.ipynb #xformers
 def xformers_borders(attn_bias,      # the module `xformers.ops.fmha.attn_bias`

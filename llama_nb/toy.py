@@ -139,14 +139,15 @@ def toy(config:RunConfig, # as from `toy_config`
         progress:bool=True,
         report=print,
         ready=lambda run: run, # called with the `Trainer` before it trains, such as `prepare_run`
-       )->dict|None:      # the results, or None if it was stopped
+       )->dict|int:       # the results, or the number of the signal that stopped it
     "Prepare, train, evaluate, sample: everything once, in one folder"
     tokenizer, zlib_bits = prepare(config.out, config.model.vocab_size, report)
     run = ready(start_run(config, report=report))
     batch = config.data.batch_size*config.data.seq_len
     report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {batch:,} tokens '
            f'on {run.device}')
-    if fit(run, progress): return None
+    stopped = fit(run, progress)
+    if stopped: return stopped
     nats = evaluate(run.model, run.held_out, config.data.seq_len)[0].item()
     trigram = trigram_bits_per_byte(run.loader, run.step, run.held_out)
     results = {'llama': bits_per_byte(nats, run.held_out.n_bytes), 'zlib -9': zlib_bits,

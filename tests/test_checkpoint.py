@@ -6,9 +6,9 @@ import pytest, torch
 from safetensors.torch import save_file
 from torch import nn
 import llama_nb.train.checkpoint as ckpt
-from llama_nb.core import UserError
-from llama_nb.train.checkpoint import (CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint,
-                                       load_into, save_checkpoint, verify_checkpoint)
+from llama_nb.core import UserError, is_temporary
+from llama_nb.train.checkpoint import (CheckpointError, StorageError, latest_checkpoint, list_checkpoints,
+                                       load_checkpoint, load_into, save_checkpoint, verify_checkpoint)
 from llama_nb.train.state import optimizer_tensors, prepare_optimizer, random_state, set_random_state
 
 # pytest forgets the package's own filter
@@ -312,16 +312,45 @@ def test_a_file_that_nobody_verified_is_not_loaded(tmp_path):
     save_file({'x': torch.ones(1)}, path/'stowaway.safetensors')
     assert set(load_checkpoint(path)[0]) == {'model', 'optimizer'}
 
-def test_a_disk_that_fails_while_reading(tmp_path, monkeypatch):
+def away(*args, **kwargs): raise OSError(errno.ESTALE, 'Stale file handle')
+
+DIGEST = 'llama_nb.train.checkpoint.file_digest'
+
+@pytest.mark.parametrize('call', ['pathlib.Path.read_text', DIGEST, 'os.listdir'])
+def test_storage_that_refuses_to_read_is_not_damage(tmp_path, monkeypatch, call):
+    "The file server is away: nothing is passed over, nobody is told to remove anything, and it may pass"
     save(tmp_path, 10)
     save(tmp_path, 20)
-    real, lines = ckpt.file_digest, []
+    lines = []
+    with monkeypatch.context() as m:
+        m.setattr(call, away)
+        with pytest.raises(StorageError, match='Stale file handle') as e:
+            latest_checkpoint(tmp_path, lines.append)
+        assert is_temporary(e.value) and 'damaged' not in str(e.value) and lines == []
+    assert latest_checkpoint(tmp_path, lines.append).name == 'step-00000020' and lines == []
+
+def test_one_file_that_fails_while_reading(tmp_path, monkeypatch):
+    "It costs no interval either: the older checkpoint is not taken in silence"
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    real = ckpt.file_digest
     def failing(path):
         if 'step-00000020/model' in str(path): raise OSError(errno.EIO, 'Input/output error')
         return real(path)
     monkeypatch.setattr(ckpt, 'file_digest', failing)
-    assert latest_checkpoint(tmp_path, lines.append).name == 'step-00000010'
-    assert 'model-00000.safetensors cannot be read: Input/output error' in lines[0]
+    with pytest.raises(StorageError, match='step-00000020/model-00000.* cannot be read: Input/output error'):
+        latest_checkpoint(tmp_path, silent)
+
+def test_nothing_more_is_removed_while_storage_refuses(tmp_path, monkeypatch):
+    "A checkpoint whose manifest cannot be read now takes no place among those that are kept"
+    for step in (10, 20): save(tmp_path, step)
+    real = Path.read_text
+    def failing(path, *args, **kwargs):
+        if 'step-00000020' in str(path): away()
+        return real(path, *args, **kwargs)
+    monkeypatch.setattr(Path, 'read_text', failing)
+    save(tmp_path, 30)
+    assert names(tmp_path) == ['step-00000010', 'step-00000020', 'step-00000030']
 
 # --- what stays ----------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from ..core import UserError
+from ..core import UserError, is_temporary
 from ..files import file_digest, fsync_folder, publish_folder
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
 from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, plan_sharded,
                                     read_index, read_sharded, storage_on_all_ranks, storage_on_rank_zero,
-                                    write_sharded)
+                                    stored_text, write_sharded)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #save
 def save_checkpoint(folder,           # where the checkpoints of a run lie, the same place for all ranks
@@ -125,9 +125,11 @@ def _give_up(error:Exception, folder:Path, need:int, group): # need: bytes
 
 # %% ../../nbs/62_train.checkpoint.ipynb #list
 def list_checkpoints(folder)->list[Path]: # oldest first
-    "The published checkpoints in `folder`"
-    folder, found = Path(folder), {}
-    for p in (*folder.glob('step-*'), *folder.glob('.old-step-*')):  # these where the first are missing
+    "The published checkpoints in `folder`. Raises `StorageError` if the storage refuses to list them"
+    folder, found, names = Path(folder), {}, []
+    with disk(folder), suppress(FileNotFoundError, NotADirectoryError): names = os.listdir(folder)
+    for p in (folder/name for name in sorted(names, reverse=True)):  # .old-step-* where step-* is missing
+        if not p.name.startswith(('step-', '.old-step-')): continue
         if p.is_dir() and p.name.partition('step-')[2].isdecimal(): found.setdefault(_step(p), p)
     return [found[step] for step in sorted(found)]
 
@@ -148,7 +150,8 @@ def verify_checkpoint(path,               # a checkpoint's folder
                       digests:bool=True,  # False: compare names and sizes only
                       files:dict=None,    # of the manifest; all if None
                      ):
-    "Raise `CheckpointError` naming the first file that is missing, truncated or changed"
+    """Raise `CheckpointError` naming the first file that is missing, truncated or changed; `StorageError`
+    naming the first that the storage does not give"""
     path = Path(path)
     if files is None: files = _manifest(path)
     for name, made in files.items():
@@ -156,7 +159,7 @@ def verify_checkpoint(path,               # a checkpoint's folder
         if defect: raise CheckpointError(f'{path}: {name} {defect}')
 
 def _defect(file:Path, made:dict, digests:bool)->str|None:
-    "What is wrong with `file`, if anything"
+    "What is wrong with `file`, if anything. Raises `StorageError` if the storage refuses to read it"
     try:
         size = file.stat().st_size
         if size != made['bytes']: return f'has {size} bytes instead of {made["bytes"]}'
@@ -164,13 +167,15 @@ def _defect(file:Path, made:dict, digests:bool)->str|None:
     except FileNotFoundError:
         return 'is missing'
     except OSError as e:
-        return f'cannot be read: {e.strerror}'
+        if is_temporary(e): raise StorageError(f'{file} cannot be read: {e.strerror}') from e
+        return f'cannot be read: {e.strerror}'           # no right to, or a folder
 
 # %% ../../nbs/62_train.checkpoint.ipynb #manifest
 def _manifest(path:Path)->dict[str,dict]: # file name -> bytes, sha256
-    "The list of files; raises `CheckpointError` if it is no such list"
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = json.loads((path/'manifest.json').read_text(encoding='utf-8'))['files']
+    "The list of files. Raises `CheckpointError` if it is none, `StorageError` if it cannot be read for now"
+    text = stored_text(path/'manifest.json')
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        files = json.loads(text)['files']
         listed = {'state.json', 'index.json'} <= set(files)
         if listed and all(_is_entry(name, made) for name, made in files.items()): return files
     raise CheckpointError(f'{path}: manifest.json is missing or damaged')
@@ -178,6 +183,7 @@ def _manifest(path:Path)->dict[str,dict]: # file name -> bytes, sha256
 def _is_entry(name:str, made:dict)->bool: return Path(name).name == name and {'bytes', 'sha256'} <= set(made)
 
 def _has_all_bytes(path:Path)->bool:
+    "Not known to be so is no: then it counts for nothing, and more of the older ones stay"
     with suppress(CheckpointError):
         verify_checkpoint(path, digests=False)
         return True
@@ -248,11 +254,13 @@ def latest_checkpoint(folder,        # where the checkpoints of a run lie
                       group=None,    # the ranks that call; all of them if None
                      )->Path|None:   # None if there is none at all; the same on all ranks
     """The newest checkpoint that verifies, each rank looking at its share of the files. Raises
-    `CheckpointError` if all are damaged"""
+    `CheckpointError` if all are damaged, `StorageError` if one cannot be read for now"""
     rank, damaged = rank_and_size(group)[0], []
     for path in reversed(storage_on_rank_zero(lambda: list_checkpoints(folder), group)):
         try:
             _verify_together(path, True, group)
+        except StorageError:
+            raise                                          # not damage: the same command may succeed later
         except CheckpointError as e:
             damaged.append(str(e))
             continue

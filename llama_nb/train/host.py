@@ -41,7 +41,7 @@ def wide_matmul_problem()->str: # empty if this PyTorch can
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return 'this PyTorch does not have both oneMKL and oneDNN'
     if not (has_onednn_linear() and hasattr(torch.library, 'get_kernel')):
-        return f'torch {torch.__version__} has no door for it'
+        return f'torch {torch.__version__} has no such operator'
     return ''
 
 can = not wide_matmul_problem()

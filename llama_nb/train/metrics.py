@@ -69,8 +69,8 @@ def _draw_training(ax, rows:list[dict]):
     tokens, losses = [row['tokens'] for row in rows], [row['loss'] for row in rows]
     half = len(losses)//40
     end = len(losses) - half//2                             # after it too few would be averaged
-    ax.plot(tokens, losses, lw=.5, alpha=.5, color='C0')
-    ax.plot(tokens[:end], centred_mean(losses, half)[:end], color='C0', label='training')
+    ax.plot(tokens, losses, lw=.5, alpha=.5, color='C0', label='each step')
+    ax.plot(tokens[:end], centred_mean(losses, half)[:end], color='C0', label='moving average')
 
 # %% ../../nbs/64_train.metrics.ipynb #thinned
 class Thinned:
@@ -170,13 +170,13 @@ class StepInFlight:
     def __init__(self,
                  values:list[Tensor], # scalars on one device
                 ):
-        self.values, self.mark = torch.stack([v.detach().float() for v in values]), None
+        self.values, self.copied = torch.stack([v.detach().float() for v in values]), None
         if not self.values.is_cuda: return
         host = torch.empty(self.values.shape, pin_memory=True)
-        queue = torch.cuda.current_stream(self.values.device)      # of its own GPU, perhaps not the current
-        self.values, self.mark = host.copy_(self.values, non_blocking=True), queue.record_event()
+        stream = torch.cuda.current_stream(self.values.device)     # of its own GPU, perhaps not the current
+        self.values, self.copied = host.copy_(self.values, non_blocking=True), stream.record_event()
 
     def read(self)->list[float]:
         "The values, as soon as they have arrived"
-        if self.mark: self.mark.synchronize()
+        if self.copied: self.copied.synchronize()
         return self.values.tolist()

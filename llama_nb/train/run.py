@@ -50,8 +50,8 @@ class Trainer:
     saver:ckpt.Saver=None
     step:int=0                   # steps that are done
     batches:object=None          # the batches to come, from `prefetch`
-    got:list=field(default_factory=list)  # signals that came to this rank
-    fused:object=None            # what asynchronous tensor parallelism has fused, until it is checked
+    signals_received:list=field(default_factory=list) # numbers of those that came to this rank
+    fusions_to_check:object=None # what asynchronous tensor parallelism has fused, until it is checked
 
     def __post_init__(self):
         self.dtype = pick_dtype(self.config.train.dtype)
@@ -169,7 +169,7 @@ def build_model(config:RunConfig,
 
 # %% ../../nbs/66_train.run.ipynb #save-resume
 def run_tensors(run:Trainer)->dict[str,dict[str,Tensor]]:
-    "Everything of a run that learns, by name; on many ranks as they hold it"
+    "Weights and optimiser state, by name; on many ranks as they hold it"
     return {'model': run.model.state_dict(), 'optimizer': optimizer_tensors(run.model, run.optimizer)}
 
 def save(run:Trainer):
@@ -240,7 +240,7 @@ def _open_model(run:Trainer):
     torch.manual_seed(c.train.seed)
     path = ckpt.latest_checkpoint(run.out/'checkpoints', report=run.report)
     if c.parallel.async_tensor:
-        run.fused = async_tensor_parallel(run.mesh['tensor'], c.train.compile != 'off')
+        run.fusions_to_check = async_tensor_parallel(run.mesh['tensor'], c.train.compile != 'off')
     run.model = build_model(c, run.device, run.mesh, draw=path is None)
     run.optimizer = make_optimizer(run.model, c.optim)
     if path: resume(run, path)

@@ -71,7 +71,7 @@ def prepare_optimizer(model:nn.Module, optimizer:torch.optim.AdamW):
 
 # %% ../../nbs/60_train.state.ipynb #random-state
 def random_state()->dict: # JSON can hold it
-    "The states of torch's generators (CPU and every GPU), of NumPy's and of Python's"
+    "The states of torch's generators (CPU and every GPU), of NumPy's and of Python's, of this process"
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

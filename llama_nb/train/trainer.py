@@ -21,6 +21,7 @@ from ..parallel.data import sync_gradients
 from ..parallel.mesh import on_all_ranks, on_rank_zero
 from ..parallel.processes import last_words
 from ..parallel.tensor import check_fused, finish_gradients, parallel_loss_sum
+from ..private import skip_where
 from ..scale.flops import flops_per_token
 from . import checkpoint as ckpt
 from .guards import STOP_SIGNALS, SpikeGuard, quiet_gc, stop_on_signal, watchdog
@@ -62,13 +63,12 @@ def train_step(run:Trainer)->dict: # step, lr; and as tensors on the device loss
     inputs, targets, borders = _to_device(run, next_batch(run))
     count = run.total((targets != -100).sum())
     loss = accumulate(run.model, inputs, targets, c.train.micro_batch_size, run.dtype, borders, count)
-    loss, *signals = run.total(torch.stack([loss, *_signals_as(loss, run.got)]))
+    loss, *signals = run.total(torch.stack([loss, *_signals_as(loss, run.signals_received)]))
     finish_gradients(run.model)
     norm = clip_grad_norm(run.model.parameters(), c.optim.max_grad_norm)
     lr = cosine_lr(run.step, c.optim, c.train.steps)
     set_lr(run.optimizer, lr)
-    _skip_unless_finite(run.optimizer, loss, norm)
-    run.optimizer.step()
+    _step_if_finite(run.optimizer, loss, norm)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     return {'step': run.step, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'signals': signals}
@@ -88,11 +88,14 @@ def _to_device(run:Trainer, batch:tuple)->tuple: # inputs, targets, borders or N
     return inputs, targets, borders[0] if borders else None
 
 # %% ../../nbs/65_train.trainer.ipynb #skip
-def _skip_unless_finite(optimizer:torch.optim.Optimizer, loss:Tensor, norm:Tensor):
-    "Let the next step of a fused optimiser change nothing if one of the numbers turns out not to be finite"
-    if not optimizer.defaults['fused']: return
+def _step_if_finite(optimizer:torch.optim.Optimizer, loss:Tensor, norm:Tensor):
+    "Step, but change nothing if one of the numbers is not finite; only one that is not fused waits for them"
     finite = loss.isfinite() & norm.isfinite()
-    optimizer.found_inf = 1 - finite.float()
+    if optimizer.defaults['fused']:
+        skip_where(optimizer, 1 - finite.float())
+    elif not finite.item():
+        return
+    optimizer.step()
 
 def _signals_as(x:Tensor, got:list[int])->list[Tensor]: # like `x`, one for each of `STOP_SIGNALS`
     "1 where a signal came to this rank, on the device"
@@ -284,7 +287,7 @@ def running(run:Trainer, progress:bool=True):
     with ExitStack() as stack:
         enter, first = stack.enter_context, run.rank == 0
         on_all_ranks(lambda: enter(ckpt.lock_folder(run.out, run.report)) if first else None)
-        run.got = enter(stop_on_signal())
+        run.signals_received = enter(stop_on_signal())
         alive = enter(watchdog(run.config.train.hang_minutes))
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
         bar = enter(_bar(run, progress))
@@ -303,8 +306,8 @@ def _go_on(log:RunLog, stack:ExitStack):
 
 def _check_compiled(run:Trainer):
     "The first step has compiled the blocks; was anything fused, if that was asked for?"
-    if run.fused is not None: check_fused(run.fused)
-    run.fused = None
+    if run.fusions_to_check is not None: check_fused(run.fusions_to_check)
+    run.fusions_to_check = None
 
 def _bar(run:Trainer, progress:bool)->tqdm:
     on_a_screen = sys.stderr.isatty() or 'ipykernel' in sys.modules
