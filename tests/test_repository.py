@@ -276,14 +276,14 @@ def test_the_table_of_versions_is_made_from_the_notes():
     assert made.NOTES.with_suffix('.md').read_text(encoding='utf-8') == made.table(notes)
 
 def test_the_table_of_versions_names_what_failed():
-    note = {'python': '3.13.0', 'torch': '2.15.0+cpu', 'xformers': None, 'transformers': '5', 'commit': 'abc',
-            'date': '2026-01-01',
-            'pages': {'run': 31, 'failed': [], 'skipped': 0},
-            'tests': {'run': 200, 'failed': ['test_x'], 'skipped': 1}}
+    when = {'commit': 'abc', 'date': '2026-01-01'}
+    note = {'python': '3.13.0', 'torch': '2.15.0+cpu', 'xformers': None, 'transformers': '5',
+            'pages': {'run': 31, 'failed': [], 'skipped': 0, **when},
+            'tests': {'run': 200, 'failed': ['test_x'], 'skipped': 1, **when}}
     text = load_tool('versions').table([note])
     row = next(line for line in text.splitlines() if line.startswith('| 2.15 |'))
     assert row == '| 2.15 | not run | not run | 31 pages, **1 of 200 tests failed** (2.15.0+cpu) |'
-    assert text.splitlines()[-1].endswith('| 1 | test_x |')
+    assert text.splitlines()[-1].endswith('pages abc on 2026-01-01, tests abc on 2026-01-01 | 1 | test_x |')
 
 # --- links --------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def check_borders(borders:Tensor, # (n+1,) int32, begins of documents in the b*t
     found = borders.tolist()
     rise = found == sorted(found) and found[0] == 0 and found[-1] == b*t
     if not rise or not set(range(0, b*t, t)) <= set(found):
-        raise UserError(f'borders of documents must rise from 0 to {b}*{t} and contain the begin of each '
+        raise UserError(f'borders of documents must rise from 0 to {b}*{t} and contain the start of each '
                         'sequence; see document_borders')
 
 # %% ../../nbs/40_model.kernels.ipynb #reference

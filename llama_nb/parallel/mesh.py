@@ -27,7 +27,7 @@ def make_mesh(degrees:tuple[int, int, int], # replicate, shard, tensor
               device_type:str,              # 'cpu' or 'cuda'
               timeout:float=None,           # seconds that a collective may wait; torch's own limit if None
              )->DeviceMesh:
-    "A mesh with the dimensions replicate, shard and tensor; neighbouring ranks share a tensor"
+    "A mesh with the dimensions replicate, shard and tensor; neighbouring ranks form a tensor group"
     names = ('replicate', 'shard', 'tensor')
     on_gpu = device_type == 'cuda' and 'nccl' in dist.get_backend_config()
     only = {'backend_override': dict.fromkeys(names, 'nccl')} if on_gpu else {}  # else gloo, too
