@@ -282,7 +282,7 @@ def _read_toml(path)->dict:
     try:
         return tomllib.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'cannot read {path}: {getattr(e, "strerror", e)}') from None
+        raise UserError(f'cannot read {path}: {getattr(e, "strerror", e)}') from e
     except ValueError as e:                             # a number of 5,000 digits, too
         raise UserError(f'{path} is not a TOML file: {e}') from None
 

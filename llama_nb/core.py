@@ -59,7 +59,7 @@ def is_temporary(error:BaseException|None)->bool:
 # %% ../nbs/00_core.ipynb #pick-device
 def pick_device(name:str='auto', # auto, cpu, cuda, cuda:1, mps
                )->torch.device:
-    "The device called `name`; `auto` is the GPU if there is one. Raises `UserError` if it is not here"
+    "The device called `name`; `auto` is an NVIDIA GPU or the CPU. Raises `UserError` if it is not here"
     here = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if name == 'auto': name = 'cuda' if here['cuda'] else 'cpu'
     try:

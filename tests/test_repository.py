@@ -284,3 +284,20 @@ def test_the_table_of_versions_names_what_failed():
     row = next(line for line in text.splitlines() if line.startswith('| 2.15 |'))
     assert row == '| 2.15 | not run | not run | 31 pages, **1 of 200 tests failed** (2.15.0+cpu) |'
     assert text.splitlines()[-1].endswith('pages abc on 2026-01-01, tests abc on 2026-01-01 | 1 | test_x |')
+
+# --- links --------------------------------------------------------------------------------------
+
+def broken_links(root):
+    "Links of the pages and of the texts at the root that lead to no file"
+    texts = {p: p.read_text(encoding='utf-8') for p in sorted(root.glob('*.md'))}
+    for page in sorted((root/'nbs').glob('*.ipynb')):
+        cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+        texts[page] = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    found = []
+    for path, text in texts.items():
+        for link in re.findall(r'\]\(([^)\s#]+)(?:#[^)\s]*)?\)', text):
+            if ':' in link or (path.parent/link).exists(): continue
+            found.append(f'{path.name}: {link}')
+    return found
+
+def test_every_link_leads_to_a_file(): assert broken_links(ROOT) == []

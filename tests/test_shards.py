@@ -125,3 +125,20 @@ def test_the_size_of_a_shard_is_a_setting(tmp_path, tokens, llama_nb):
             and len(shards(tmp_path/'many')) > 5)
     status, _, err = llama_nb('data', tmp_path/'none', *args, '--tokens_per_shard', '0')
     assert status == 2 and len(err.strip().splitlines()) == 1 and 'tokens_per_shard must be at least 1' in err
+
+def test_a_file_server_that_fails_is_temporary(tmp_path, monkeypatch):
+    "Exit codes follow the cause of what is raised: an input/output error may pass, a missing file not"
+    from llama_nb.config import load_run
+    from llama_nb.core import UserError, is_temporary
+    from llama_nb.data.shards import TokenShards
+    from llama_nb.data.tokenizer import Tokenizer
+    openers = TokenShards, Tokenizer, load_run
+    for opener in openers:
+        with pytest.raises(UserError) as missing: opener(tmp_path/'nothing')
+        assert not is_temporary(missing.value), opener
+    def fail(*args, **kwargs): raise OSError(5, 'Input/output error')
+    monkeypatch.setattr(Path, 'read_bytes', fail)
+    monkeypatch.setattr(Path, 'read_text', fail)
+    for opener in openers:
+        with pytest.raises(UserError, match='Input/output error') as failed: opener(tmp_path/'nothing')
+        assert is_temporary(failed.value), opener

@@ -220,13 +220,16 @@ def between(pic, start, end, gap=5):
 def overview(found):
     places = dict(zip([s.name for s in STATIONS], RING))
     pic = Picture(720, 3*HIGH + 2*GAP_Y + 2*LEFT, 'The pipeline',
-                  f'A ring of stations: {", ".join(s.name.lower() for s in STATIONS)}, and text again. '
-                  'From the step an arrow leads back to the model: the training loop.')
+                  f'Stations in a ring: {", ".join(s.name.lower() for s in STATIONS)}. '
+                  'From the step an arrow leads back to the batches: the training loop.')
     for s in STATIONS: station(pic, s, places[s.name], found)
     station(pic, LOOP, (1, 1), found, dashed=True)
-    for start, end in zip(RING, RING[1:] + RING[:1]): between(pic, start, end)
+    for start, end in zip(RING, RING[1:]): between(pic, start, end)   # samples do not become documents
     between(pic, places['Step'], (1, 1))
-    between(pic, (1, 1), places['Model'])
+    (x, y), (right, top) = corner(1, 1), corner(*places['Batches'])
+    lane, floor = x + WIDE + GAP_X/2, y - GAP_Y/2   # between the stations
+    pic.arrow((x + WIDE + 5, y + HIGH/2), (lane, y + HIGH/2), (lane, floor), (right + 48, floor),
+              (right + 48, top + HIGH + 5))
     return pic.svg()
 
 # --- 2: the architecture ----------------------------------------------------------------------------
@@ -336,7 +339,7 @@ def model(pic, x, top):
 
 def key(pic, x, y):
     "What filled and empty boxes mean; the sizes of 7B"
-    pic.box(x, y, 30, 22, f'p{ATTEND}', 6)
+    for i, part in enumerate((TABLE, NORM, ATTEND, FEED)): pic.box(x + 8*i, y, 7, 22, f'p{part}', 2)
     pic.text(x + 40, y + 17, 'has weights', 14)
     pic.box(x, y + 32, 30, 22, 'bare', 11)
     pic.text(x + 40, y + 49, 'has none', 14)

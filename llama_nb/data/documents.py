@@ -7,12 +7,12 @@ __all__ = ['Document', 'stdlib_documents', 'topic_documents', 'read_documents', 
            'named_documents']
 
 # %% ../../nbs/11_data.documents.ipynb #imports
-import gzip, hashlib, json, platform, sysconfig
+import gzip, hashlib, json, platform, sysconfig, zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from ..core import UserError
-from ..files import write_atomic
+from ..files import bytes_digest, write_atomic
 
 # %% ../../nbs/11_data.documents.ipynb #document
 @dataclass
@@ -79,34 +79,39 @@ def _utf8(path:Path)->str:
                         'convert it or leave it out') from None
 
 def _json_lines(path:Path, name:str)->Iterator[Document]:
-    "Documents of a JSON lines file"
+    "Documents of a JSON lines file. Raises `UserError` if it is damaged"
     open_file = gzip.open if path.name.endswith('.gz') else open
-    with open_file(path, 'rb') as f:
-        for n, line in enumerate(f, 1):
-            if line.strip(): yield _json_document(line, f'{path}, line {n}', f'{name}:{n}', name)
+    try:
+        with open_file(path, 'rb') as f:
+            for n, line in enumerate(f, 1):
+                if line.strip(): yield _json_document(line, f'{path}, line {n}', name)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f'{path} is cut off or damaged ({e}); copy it again') from None
 
 def _json_document(line:bytes,
-                   place:str,  # for errors
-                   default:str, # id of a document that brings none
+                   place:str, # for errors
                    source:str,
                   )->Document:
-    "One line of JSON as a document. Raises `UserError` if it is none"
+    "One line of JSON as a document; the id may be missing. Raises `UserError` if it is none"
     try:
         row = json.loads(line.decode('utf-8'))
     except (ValueError, UnicodeDecodeError) as e:
         raise UserError(f'{place} is not JSON in UTF-8: {e}') from None
     if not isinstance(row, dict) or not isinstance(row.get('text'), str):
         raise UserError(f'{place} has no "text"')
-    metadata = row.get('metadata')
-    if not isinstance(metadata, dict):
-        metadata = {k: v for k, v in row.items() if k not in ('text', 'id')}
-    return Document(row['text'], str(row.get('id', default)), {'source': source, **metadata})
+    text, given, inner = row.pop('text'), row.pop('id', None), row.get('metadata')
+    if isinstance(inner, dict): row = {k: v for k, v in row.items() if k != 'metadata'} | inner
+    return Document(text, _text_id(text) if given is None else str(given), {'source': source, **row})
+
+def _text_id(text:str)->str: # 32 hexadecimal digits
+    "A name that follows from the text alone"
+    return bytes_digest(text.encode('utf-8', 'surrogatepass'))[:32]
 
 # %% ../../nbs/11_data.documents.ipynb #write-jsonl
 def write_jsonl(docs:Iterable[Document],
                 path, # .jsonl, or .jsonl.gz for a compressed file
                ):
-    "Write documents as JSON lines; the file appears when it is complete"
+    "Write documents as JSON lines; held in memory as a whole, so that the file appears when it is complete"
     lines = ''.join(json.dumps(asdict(d), ensure_ascii=False) + '\n' for d in docs).encode()
     if str(path).endswith('.gz'): lines = gzip.compress(lines, mtime=0)
     write_atomic(path, lines)

@@ -60,7 +60,7 @@ class Tokenizer:
         try:
             data = self.path.read_bytes()
         except OSError as e:
-            raise UserError(f'cannot read the tokenizer {path}: {e.strerror}') from None
+            raise UserError(f'cannot read the tokenizer {path}: {e.strerror}') from e
         self._sp = sp = _open_model(path, data)
         self.digest = bytes_digest(data)
         self.vocab_size = sp.vocab_size()

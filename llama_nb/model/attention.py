@@ -23,12 +23,12 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self,
-                x:Tensor,            # (b, t, d)
-                rotation:Tensor,     # (t, k/2) or (b, t, k/2) complex
-                cache=None,          # holds the keys and values of earlier tokens
-                visible:Tensor=None, # (b, s) bool, keys that may be looked at
-                borders:Tensor=None, # (n+1,) int32, of documents in the b*t tokens
-               )->Tensor:            # (b, t, d)
+                x:Tensor,                 # (b, t, d)
+                rotation:Tensor,          # (t, k/2) or (b, t, k/2) complex
+                cache=None,               # holds the keys and values of earlier tokens, if any
+                visible:Tensor|None=None, # (b, s) bool, keys that may be looked at
+                borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens
+               )->Tensor:                 # (b, t, d)
         q, k, v = (w(x) for w in (self.wq, self.wk, self.wv))
         q, k, v = (rearrange(x, 'b t (h k) -> b t h k', k=self.head_dim) for x in (q, k, v))
         q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)

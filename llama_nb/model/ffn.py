@@ -61,10 +61,11 @@ class _GatedLinear(torch.autograd.Function):
 
 def gated_linear(a:Tensor,         # (..., f) the gate
                  c:Tensor,         # (..., f) what is passed through it
-                 linear:nn.Linear, # d, f
+                 linear:nn.Linear, # f to d, without a bias
                  lean:bool=True,   # keep `a` and `c` only for the backward pass
                 )->Tensor:         # (..., d)
-    "linear(silu(a)*c) (Shazeer 2020, equation 6)"
+    "linear(silu(a)*c) (Shazeer 2020, equation 6). Raises `ValueError` for a linear layer with a bias"
+    if linear.bias is not None: raise ValueError('gated_linear takes a linear layer without a bias')
     shared = hasattr(linear.weight, 'placements') # a DTensor: ranks share the matrix multiplication
     plain = shared or not lean or torch.compiler.is_compiling()
     return linear(F.silu(a)*c) if plain else _GatedLinear.apply(a, c, linear.weight)

@@ -27,12 +27,12 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self,
-                x:Tensor,            # (b, t, d) the stream
-                rotation:Tensor,     # (t, k/2) or (b, t, k/2) complex
-                cache=None,          # this layer's earlier keys and values
-                visible:Tensor=None, # (b, s) bool, keys that may be looked at
-                borders:Tensor=None, # (n+1,) int32, of documents in the b*t tokens
-               )->Tensor:            # (b, t, d) the stream, with more in it
+                x:Tensor,                 # (b, t, d) the stream
+                rotation:Tensor,          # (t, k/2) or (b, t, k/2) complex
+                cache=None,               # this layer's earlier keys and values, if any
+                visible:Tensor|None=None, # (b, s) bool, keys that may be looked at
+                borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens
+               )->Tensor:                 # (b, t, d) the stream, with more in it
         x = x + self.attention(self.attention_norm(x), rotation, cache, visible, borders)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -71,16 +71,16 @@ class LLaMA(nn.Module):
         init_weights(self)
 
     def forward(self,
-                tokens:Tensor,         # (b, t) int64
-                positions:Tensor=None, # (t,) or (b, t) int64, of each token; next after the cache if None
-                cache:list=None,       # one KV cache per layer, for generation
-                visible:Tensor=None,   # (b, s) bool, keys that may be looked at; all if None
-                borders:Tensor=None,   # (n+1,) int32, of documents in the b*t tokens, if none may see another
-               )->Tensor:              # (b, t, v) logits
+                tokens:Tensor,              # (b, t) int64
+                positions:Tensor|None=None, # (t,) or (b, t) int64, of each token; None: next after the cache
+                cache:list|None=None,       # one KV cache per layer, for generation
+                visible:Tensor|None=None,   # (b, s) bool, keys that may be looked at; all if None
+                borders:Tensor|None=None,   # (n+1,) int32, of documents that must not see another
+               )->Tensor:                   # (b, t, v) logits
         return self.output(self.hidden(tokens, positions, cache, visible, borders))
 
-    def hidden(self, tokens:Tensor, positions:Tensor=None, cache:list=None,
-               visible:Tensor=None, borders:Tensor=None)->Tensor: # (b, t, d)
+    def hidden(self, tokens:Tensor, positions:Tensor|None=None, cache:list|None=None,
+               visible:Tensor|None=None, borders:Tensor|None=None)->Tensor: # (b, t, d)
         "The normalised stream after the last layer: everything but the output matrix"
         check_tokens(tokens, self.config.vocab_size)
         if positions is None: positions = next_positions(tokens, cache, self.config.max_seq_len)
@@ -112,10 +112,10 @@ def check_tokens(tokens:Tensor, # (b, t) int64
         raise UserError(f'token ids must lie in 0..{vocab_size-1}, not {low}..{high}; '
                         'was the text encoded by another tokenizer?')
 
-def next_positions(tokens:Tensor, # (b, t)
-                   cache:list,    # one KV cache per layer, or None
-                   longest:int,   # max_seq_len
-                  )->Tensor:      # (t,) int64
+def next_positions(tokens:Tensor,   # (b, t)
+                   cache:list|None, # one KV cache per layer
+                   longest:int,     # max_seq_len
+                  )->Tensor:        # (t,) int64
     "Positions that follow what the cache holds. Raises `UserError` beyond `longest`"
     start = len(cache[0]) if cache else 0
     end = start + tokens.shape[1]
