@@ -133,18 +133,18 @@ def _two(run_path:str, folder:str)->dict:
     found['told'] = [_kind(lambda: on_all_ranks(fail(stale))), _kind(lambda: on_all_ranks(fail(missing))),
                      _kind(lambda: on_rank_zero(fail_first(stale))),
                      _kind(lambda: on_rank_zero(fail_first(missing)))]
-    discard = checkpoint._discard
-    def slowly(path):
+    remove = checkpoint._remove
+    def slowly(paths):
         import time
         time.sleep(1)
-        discard(path)
-    checkpoint._discard = slowly
+        remove(paths)
+    checkpoint._remove = slowly
     saver = checkpoint.Saver(folder, keep=1, timeout=77.)
     for step in (1, 2):
         saver.save(step, {'model': {'w': torch.ones(3)}}, {})
         saver.wait()
     found['left'] = sorted(p.name for p in Path(folder).iterdir())  # at once after `wait`, on each rank
-    checkpoint._discard = discard
+    checkpoint._remove = remove
     run = trainer.start_run(load_run(run_path), report=lambda line: None)
     groups = [run.saver.group, *(run.mesh.get_group(name) for name in run.mesh.mesh_dim_names)]
     found['limits'] = [_limit(group) for group in groups]
@@ -197,10 +197,12 @@ def test_a_save_waits_for_the_gpu_that_its_tensors_are_on(monkeypatch, tmp_path)
     waited, saver = [], checkpoint.Saver(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device=None: waited.append(device))
-    there = {n: SimpleNamespace(is_cuda=True, device=torch.device('cuda:1')) for n in 'ab'}
+    gpu = torch.device('cuda:1')
+    there = {n: SimpleNamespace(is_cuda=True, device=gpu, shape=(), dtype=None) for n in 'ab'}
     monkeypatch.setattr(checkpoint, 'plan_sharded',
                         lambda tensors, group: checkpoint.Plan({}, {}, {}, there, {}))
-    monkeypatch.setattr(saver.host, 'copy', lambda tensors: tensors)
+    monkeypatch.setattr(saver.host, '_make_room', lambda tensors, form: None)
+    saver.host.room = {n: SimpleNamespace(copy_=lambda t, non_blocking: None) for n in 'ab'}
     monkeypatch.setattr(saver, '_work', lambda *args: None)
     saver.save(1, {}, {})
     saver.wait()
@@ -252,7 +254,7 @@ def test_thousands_of_files_are_deleted_by_many_hands(tmp_path):
     (old := tmp_path/'step-00000001').mkdir()
     for i in range(300): (old/str(i)).touch()
     with mock.patch.object(checkpoint, 'ThreadPoolExecutor', wraps=checkpoint.ThreadPoolExecutor) as pool:
-        checkpoint._discard(old)
+        checkpoint._remove([old])
     assert pool.call_count == 1 and list(tmp_path.iterdir()) == []
 
 # --- numbers that are none ----------------------------------------------------------------------
