@@ -76,11 +76,10 @@ named: .venv/bin/python
 	@[ -f $@ ] || touch $@
 	@[ -z '$(TORCH)' ] || [ '$(TORCH)' = "$$(cat $@)" ] || echo '$(TORCH)' > $@
 
-# --no-compile: Python compiles what it imports; pip would compile 14,000 files, most of which nobody asks for
 define install
 @echo "installing into .venv: $(TORCH_WANTED) and what else $(1) needs"
-@$(if $(TORCH_INDEX),$(BIN)/pip install -q --no-compile --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
-@$(BIN)/pip install -q --no-compile -e '$(1)' '$(TORCH_WANTED)'
+@$(if $(TORCH_INDEX),$(BIN)/pip install -q --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
+@$(BIN)/pip install -q -e '$(1)' '$(TORCH_WANTED)'
 endef
 
 .venv/installed: .venv/torch settings.ini setup.py
