@@ -95,7 +95,7 @@ class Show:
 
     def run(self)->int: # exit code
         from llama_nb.data.tokenizer import Tokenizer
-        from llama_nb.train.trainer import open_data
+        from llama_nb.train.run import open_data
         path = Path(self.run_path)
         loader, _ = open_data(load_run(path/'config.toml' if path.is_dir() else path))
         if self.batch < 0 or not -1 <= self.sequence < loader.batch_size:
@@ -141,7 +141,7 @@ def open_run(folder,            # of a run
     from llama_nb.train.checkpoint import load_checkpoint
     folder, path = Path(folder), newest(folder)
     model = LLaMA(load_run(folder/'config.toml').model)
-    tensors = load_checkpoint(path, parts=('model',))[0]
+    tensors = load_checkpoint(path, parts=('model',), digests=False)[0]    # `newest` has compared them
     model.load_state_dict(tensors['model'])
     return model.to(pick_device(device)), Tokenizer(folder/'tokenizer.model')
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from ..core import UserError, is_temporary
-from ..files import file_digest, fsync_folder, publish_folder
+from ..files import file_digest, fsync_folder, publish_folder, replacing
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
 from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, plan_sharded,
@@ -192,10 +192,11 @@ def _has_all_bytes(path:Path)->bool:
 # %% ../../nbs/62_train.checkpoint.ipynb #load
 def load_checkpoint(path,       # a checkpoint's folder
                     parts=None, # names of those that are wanted, as ('model',); all if None
+                    digests:bool=True, # False: names and sizes only, after `latest_checkpoint`
                    )->tuple[dict[str,dict[str,Tensor]],dict]: # tensors, state, as they were saved
     "Verify and read a checkpoint, whole tensors on the CPU. Raises `CheckpointError` if it is damaged"
     path, tensors = Path(path), {}
-    index = _verified_index(path, parts)
+    index = _verified_index(path, parts, digests)
     for full, entry in index.items():
         part, _, name = full.partition('/')
         if parts is not None and part not in parts: continue
@@ -205,12 +206,12 @@ def load_checkpoint(path,       # a checkpoint's folder
     return tensors, _state(path)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #verified-index
-def _verified_index(path:Path, parts=None)->dict:
+def _verified_index(path:Path, parts, digests:bool)->dict:
     "The index of a checkpoint whose files are all good; only those of `parts` are looked at if given"
     files = _manifest(path)
-    verify_checkpoint(path, files={name: made for name, made in files.items() if name.endswith('.json')})
+    verify_checkpoint(path, digests, {name: made for name, made in files.items() if name.endswith('.json')})
     index = _index(path, files)
-    verify_checkpoint(path, files={name: files[name] for name in files_of(index, parts)})
+    verify_checkpoint(path, digests, {name: files[name] for name in files_of(index, parts)})
     return index
 
 def _index(path:Path, files:dict)->dict:
@@ -394,13 +395,4 @@ def consolidate(path, # a checkpoint's folder
     "One safetensors file of a checkpoint in any layout, whole or not there at all. Raises `CheckpointError`"
     out, (tensors, _) = Path(out), load_checkpoint(path, ('model',))
     if 'model' not in tensors: raise CheckpointError(f'{path} has no model')
-    tmp = out.with_name(f'.{out.name}.{secrets.token_hex(4)}')
-    with disk(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors['model'], tmp, {'format': 'pt'})
-            with open(tmp, 'rb') as f: os.fsync(f.fileno())
-            os.replace(tmp, out)
-        finally:
-            tmp.unlink(missing_ok=True)
-        fsync_folder(out.parent)
+    with disk(out.parent), replacing(out) as tmp: save_file(tensors['model'], tmp, {'format': 'pt'})

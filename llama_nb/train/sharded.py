@@ -7,7 +7,7 @@ __all__ = ['storage_on_all_ranks', 'storage_on_rank_zero', 'boxes_of', 'pick_wri
            'StorageError', 'disk', 'stored_text', 'write_sharded', 'read_index', 'files_of', 'read_sharded']
 
 # %% ../../nbs/61_train.sharded.ipynb #imports
-import json, math, os, shutil
+import json, math, shutil
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadat
                                                    TensorStorageMetadata)
 from torch.distributed.tensor import DTensor, Replicate
 from ..core import TemporaryError, UserError, is_temporary
-from ..files import bytes_digest, file_digest
+from ..files import bytes_digest, file_digest, fsync_file
 from ..parallel.mesh import error_line, on_all_ranks, on_rank_zero, rank_and_size
 from ..private import is_strided
 
@@ -216,7 +216,7 @@ def _write_mine(folder:Path, plan:Plan, rank:int)->dict[str,dict]: # file -> byt
 def _write_part(file:Path, part:str, named:dict[str,Tensor], plan:Plan)->dict: # bytes, sha256
     offsets = {name: {'saved_offsets': plan.offsets[f'{part}/{name}']} for name in named}
     save_file(_apart(named), file, {'format': 'pt', 'DCP_SHARDING_INFO': json.dumps(offsets)})
-    with open(file, 'rb') as f: os.fsync(f.fileno())
+    fsync_file(file)
     return {'bytes': file.stat().st_size, 'sha256': file_digest(file)}
 
 def _file(part:str, rank:int)->str: return f'{part}-{rank:05}.safetensors'
