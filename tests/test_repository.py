@@ -146,7 +146,7 @@ def users_of_private_names(root):
     return [f'{".".join(path.relative_to(root/"llama_nb").with_suffix("").parts)}: {name}'
             for path, names in found.items() for name in sorted(names)]
 
-def test_private_parts_of_torch_are_used_in_one_module():
+def test_private_apis_of_torch_are_used_in_one_module():
     assert users_of_private_names(ROOT) == []
 
 def test_a_private_name_is_seen(tmp_path):
