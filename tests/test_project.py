@@ -88,13 +88,12 @@ def test_a_dead_link_is_seen():
     assert missing_links('[a](README.md) [b](no.md#x) [c](https://example.org) `[d](e)`', ROOT) == ['no.md']
 
 def parts():
-    "[(first, last)] number of each part in the guide"
-    rows = re.findall(r'^\| [^|]+ \| (\d\d)-(\d\d) \|', read('CONTRIBUTING.md'), re.M)
-    return [(int(first), int(last)) for first, last in rows]
+    "[(first, last)] number of each part in the guide; 7A follows 79"
+    return re.findall(r'^\| [^|]+ \| (\d\w)-(\d\w) \|', read('CONTRIBUTING.md'), re.M)
 
 def test_every_page_has_a_place_in_the_order():
     pages = [p.stem for p in (ROOT/'nbs').glob('*.ipynb') if p.stem != 'index']
-    numbers = [int(p[:2]) for p in pages]
+    numbers = [p[:2] for p in pages]
     assert len(parts()) > 5 and all(sum(a <= n <= b for a, b in parts()) == 1 for n in numbers)
     assert len(set(numbers)) == len(numbers), 'two pages share a number'
 
