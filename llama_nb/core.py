@@ -68,6 +68,9 @@ def pick_device(name:str='auto', # auto, cpu, cuda, cuda:1, mps
         kind = name
     if not choose({'auto': True, **here}, kind, 'device'):
         raise UserError(f"device {name!r} is not available here; use device 'cpu' or 'auto'")
+    if kind == 'cuda' and (torch.device(name).index or 0) >= max(1, torch.cuda.device_count()):
+        raise UserError(f'device {name!r} is not available here: there are {torch.cuda.device_count()} GPUs, '
+                        'counted from cuda:0')
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #cpu-features

@@ -39,7 +39,7 @@ def has_onednn_linear()->bool:
     return hasattr(torch.ops.mkldnn, '_linear_pointwise') and torch.backends.mkldnn.is_available()
 
 def cpu_keys()->'torch._C.DispatchKeySet':
-    "What a kernel of the CPU is called with that no longer stands in the dispatcher"
+    "The dispatch keys with which to call a CPU kernel that has been replaced"
     return torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 # %% ../nbs/95_private.ipynb #compiler

@@ -60,7 +60,7 @@ def test_peak_of_a_rank(name, ranks, settings):
 
 @pytest.mark.parametrize('mode', ['none', 'linear', 'full'])
 def test_peak_of_one_process(mode):
-    settings = *ALONE, '--train.recompute', mode
+    settings = *ALONE, '--train.recompute', mode, '--train.compile', 'off'
     got = worker('peak', str(CONFIGS/'7B.toml'), 1, settings)
     assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/'7B.toml', settings), 1).values()),
                                 rel=.05)

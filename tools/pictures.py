@@ -147,7 +147,8 @@ class Part:
 NAMES = tomllib.loads((ROOT/'docs'/'parts.toml').read_text(encoding='utf-8'))
 NEEDS = {1: (0,), 2: (0,), 3: (1, 2), 4: (3,), 5: (3,), 6: (4, 5), 7: (1,), 8: (4, 5)}
 PARTS = {int(number): Part(name, NEEDS.get(int(number), ())) for number, name in NAMES.items()}
-TRACKS = {'the model in an afternoon': (0, 1, 2, 3), 'train it large': (4, 5, 6, 8), 'use a LLaMA': (2, 3)}
+TRACKS = {'the model in an afternoon': (0, 1, 2, 3), 'train it large': (4, 5, 6, 8),
+          'generate with a LLaMA': (2, 3), 'the data': (1, 7)}
 
 def pages(nbs):
     "{module: (number, title)} of all notebooks in reading order"
@@ -362,7 +363,7 @@ def architecture(found):
 
 # --- 3: the map -------------------------------------------------------------------------------------
 
-RAIL, BAND = (24, 46, 68), 88   # x of the tracks and of the parts
+RAIL, BAND = (16, 34, 52, 70), 88   # x of the tracks and of the parts
 CHIPS, CHIP = 244, 222          # x of their pages, and how wide one is
 
 def pages_of(part, found):
@@ -405,9 +406,9 @@ def band(pic, part, titled, y, left=BAND):
     return end
 
 def tracks(pic, middles):
-    "Three lines from the head of the picture through the parts that belong to them; {part: y} of the parts"
+    "Lines from the head of the picture through the parts that belong to them; {part: y} of the parts"
     for i, (x, (name, parts)) in enumerate(zip(RAIL, TRACKS.items())):
-        y, colour = 32 + 28*i, (2, 5, 3)[i]
+        y, colour = 32 + 28*i, (2, 5, 3, 7)[i]
         stops = [middles[p] for p in parts if p in middles]
         pic.line((BAND + 6, y), (x, y), (x, stops[-1]), kind=f'spine s{colour}')
         for stop in stops: pic.put('circle', cx=x, cy=stop, r=9, class_=f'c{colour}', stroke_width=4)
@@ -417,8 +418,8 @@ def tracks(pic, middles):
 def page_map(found):
     ways = '; '.join(f'{name}: parts {listed(parts)}' for name, parts in TRACKS.items())
     pic = Picture(720, 0, 'The map of the pages',
-                  f'All pages, part by part, and three ways through them. {ways}.')
-    y, middles = 112, {}
+                  f'All pages, part by part, and four ways through them. {ways}.')
+    y, middles = 140, {}
     for part in written_parts(found):
         end = band(pic, part, pages_of(part, found), y)
         middles[part], y = (y + end)/2, end + 9

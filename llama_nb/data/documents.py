@@ -220,11 +220,20 @@ def _json_document(line:bytes, place:str, source:str, report:Report)->Document|N
         return report(place, f'is not JSON in UTF-8: {e}')
     if not isinstance(row, dict) or not isinstance(row.get('text'), str):
         return report(place, 'has no "text"')
+    if not _is_text(row['text']): return report(place, 'has half of a surrogate pair, which is no character')
     text, given, inner = row.pop('text'), row.pop('id', None), row.get('metadata')
     about = {key: row.pop(key) for key in _ABOUT if isinstance(row.get(key), str)}
     if isinstance(inner, dict): row = {k: v for k, v in row.items() if k != 'metadata'} | inner
     doc_id = text_id(text) if given is None else str(given)
     return Document(text, doc_id, **{'source': source, **about}, metadata=row)
+
+def _is_text(text:str)->bool:
+    "Whether it can be written as UTF-8: JSON can name halves of surrogate pairs, which are no characters"
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError:
+        return False
+    return True
 
 def text_id(text:str)->str: # 32 hexadecimal digits
     "A name that follows from the text alone"

@@ -342,7 +342,7 @@ def available_backends(device='cpu',
     return [n for n in BACKENDS if not backend_problem(n, device, *model)]
 
 # %% ../../nbs/40_model.kernels.ipynb #find-backend
-_PREFERENCE = ('xformers', 'sdpa', 'reference') # of auto, as in the paper
+_PREFERENCE = ('xformers', 'sdpa', 'reference') # of auto
 
 def pick_backend(name:str,           # a key of `BACKENDS`, or auto
                  device:torch.device,

@@ -29,6 +29,7 @@ def kept_bytes(config:RunConfig,
         raise UserError(f'what recompute mode {mode!r} keeps is not known before it is compiled; '
                         f'choose from {", ".join(_VECTORS)}')
     stream, gathered, heads, wide = _VECTORS[mode]
+    if mode == 'none' and config.train.compile != 'off': wide = 3       # the gate by the compiler
     if tensor > 1 and mode == 'none': wide = 4               # the gate by autograd
     if tensor > 1 and mode == 'linear': stream = 3           # the output of w2, by selective checkpointing
     positions = tensor if config.parallel.sequence else 1

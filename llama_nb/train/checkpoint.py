@@ -113,15 +113,15 @@ def _undo(tmp:Path, final:Path, aside:Path):
         if aside.exists() and not final.exists(): aside.rename(final)
 
 def _give_up(error:Exception, folder:Path, need:int, group): # need: bytes
-    "Raise `CheckpointError` if the disk or another rank is to blame, else `error` itself"
-    many = rank_and_size(group)[1] > 1
-    lost = isinstance(error, RuntimeError) and many
+    """Raise `CheckpointError` if the disk or another rank is to blame, else `error` itself. What may pass
+    stays a `StorageError`"""
+    lost = isinstance(error, RuntimeError) and rank_and_size(group)[1] > 1
     if not isinstance(error, CheckpointError) and not lost: raise error
     why = f'another rank does not answer ({" ".join(str(error).split())})' if lost else error
-    kind = StorageError if isinstance(error, StorageError) or many else CheckpointError
+    kind = StorageError if isinstance(error, StorageError) or lost else CheckpointError
+    remedy = 'start again' if lost else 'free some space or mend the folder, then start again'
     raise kind(f'could not save in {folder}: {why}, needed {need/1e6:,.1f} MB; '
-               'earlier checkpoints are intact: '
-               'free some space or mend the folder, then start again') from error
+               f'earlier checkpoints are intact: {remedy}') from error
 
 # %% ../../nbs/62_train.checkpoint.ipynb #list
 def list_checkpoints(folder)->list[Path]: # oldest first
@@ -375,7 +375,11 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 def _take(f, folder:Path, report):
     "Lock an open file, or raise `UserError` with what its holder wrote into it"
-    import fcntl
+    try:
+        import fcntl
+    except ImportError:
+        report(f'{folder}: this system keeps no locks; take care that no other process trains in it')
+        return
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

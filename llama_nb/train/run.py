@@ -64,7 +64,8 @@ class Trainer:
     def total(self, x:Tensor)->Tensor:
         """Sum over the ranks that share the batch; the same on every rank. Ranks of one tensor group hold
         the same loss, but not the same signals: so all are summed, and the copies divided out"""
-        return total(x)/self.mesh['tensor'].size() if self.mesh else x
+        # on the device: the gloo of the world belongs to the saver, which may be at work
+        return total(x.to(self.device))/self.mesh['tensor'].size() if self.mesh else x
 
 # %% ../../nbs/66_train.run.ipynb #check-settings
 def attention_model(config:RunConfig, device:torch.device)->tuple[torch.dtype, int, bool]:

@@ -232,7 +232,9 @@ class RunLog:
         "Rank 0: the row into the log, the spike guard and the bar"
         loss = math.nan if numbers['loss'] is None else numbers['loss']
         spike = self.spikes.look(numbers['step'], loss)
-        if spike: self.run.report(spike)
+        if spike:
+            self.run.report(spike)
+            numbers['spike'] = 1                              # so that a resumed run does not learn from it
         self.metrics.add(numbers)
         speed = f'{numbers["tokens_per_second"]:,.0f} tokens/s'
         self.bar.set_postfix_str(f'loss {loss:.3f}, {speed}', refresh=False)
@@ -302,7 +304,8 @@ def _go_on(log:RunLog, stack:ExitStack):
     "Close the metrics at the end, and let the spike guard see the steps before"
     stack.callback(log.metrics.close)
     for row in log.metrics.newest:
-        log.spikes.look(row['step'], math.nan if row['loss'] is None else row['loss'])
+        if 'spike' in row or row['loss'] is None: continue
+        log.spikes.look(row['step'], row['loss'])
 
 def _check_compiled(run:Trainer):
     "The first step has compiled the blocks; was anything fused, if that was asked for?"
