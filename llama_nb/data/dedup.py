@@ -47,16 +47,17 @@ def _add(groups:dict, key:bytes, place:str, most:int)->int: # bytes that were ad
     i = bisect_left(places, place)
     if i == most or places[i:i+1] == [place]: return 0
     places.insert(i, place)
-    added = sys.getsizeof(place) + (sys.getsizeof(key) + 200 if len(places) == 1 else 8)
+    added = sys.getsizeof(place) + (sys.getsizeof(key) + 400 if len(places) == 1 else 8)
     return added - (sys.getsizeof(places.pop()) if len(places) > most else 0)
 
 # %% ../../nbs/72_data.dedup.ipynb #spill
 _LENGTHS = struct.Struct('<II')
 
-def _write_pairs(pairs:Pairs, folder:Path, partitions:int, scale:int=1):
+def _write_pairs(pairs:Pairs, folder:Path, partitions:int, scale:int=1, memory:int=MEMORY):
     "One file for each interval of the hash; `scale` intervals were cut before"
+    buffer = min(max(memory//(8*partitions), 2**9), 2**16)
     with ExitStack() as stack:
-        files = [stack.enter_context(open(folder/f'{i:05}', 'wb', 2**16)) for i in range(partitions)]
+        files = [stack.enter_context(open(folder/f'{i:05}', 'wb', buffer)) for i in range(partitions)]
         for key, place in pairs:
             name = place.encode('utf-8', 'surrogatepass')
             part = (_spot(key)*scale*partitions >> 64) % partitions
@@ -89,7 +90,7 @@ def grouped(pairs:Pairs,
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as tmp:
-        _write_pairs(chain(_drain(groups), pairs), Path(tmp), partitions, scale)
+        _write_pairs(chain(_drain(groups), pairs), Path(tmp), partitions, scale, memory)
         for path in sorted(Path(tmp).iterdir()):
             yield from grouped(_read_pairs(path), most, tmp, memory, partitions, scale*partitions)
             path.unlink()
