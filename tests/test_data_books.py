@@ -1,11 +1,11 @@
-"Books: frames in all their styles and in none, files that are no text, and verdicts that agree with counting all pairs."
+"Books: frames in all their styles, files that are no text, verdicts that agree with counting all pairs."
 import codecs, io, itertools, lzma, os, random, tracemalloc
 from functools import partial
-import numpy as np, pytest
+import pytest
 from llama_nb.core import UserError
 from llama_nb.data import books
-from llama_nb.data.books import (BookRules, Copy, clean_book, drop_copy, find_book, overlapping_books, read_books,
-                                 simhash)
+from llama_nb.data.books import (BookRules, Copy, clean_book, drop_copy, find_book, overlapping_books,
+                                 read_books, simhash)
 from llama_nb.data.dedup import containment, jaccard, shingles
 from llama_nb.data.documents import Document
 from llama_nb.data.stage import Stage, n_bytes, preset
@@ -27,10 +27,13 @@ def novel(seed, n=400):
 
 # --- the frame -----------------------------------------------------------------------------------
 
-STARTS = ['*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***', '*** START OF THIS PROJECT GUTENBERG EBOOK EMMA ***',
-          '***START OF THE PROJECT GUTENBERG EBOOK EMMA***', '*** START OF THE PROJECT GUTENBERG EBOOK 158 ***  ',
+STARTS = ['*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***',
+          '*** START OF THIS PROJECT GUTENBERG EBOOK EMMA ***',
+          '***START OF THE PROJECT GUTENBERG EBOOK EMMA***',
+          '*** START OF THE PROJECT GUTENBERG EBOOK 158 ***  ',
           '*** START OF THIS PROJECT GUTENBERG EBOOK A BOOK WITH A LONG\nTITLE OF\nSEVERAL LINES ***',
-          '*** START OF THIS PROJECT GUTENBERG ETEXT EMMA', '** START OF THE PROJECT GUTENBERG EBOOK EMMA ***',
+          '*** START OF THIS PROJECT GUTENBERG ETEXT EMMA',
+          '** START OF THE PROJECT GUTENBERG EBOOK EMMA ***',
           '***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nlawyers\n\n'
           '*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*',
           '*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*Ver.02/11/02*END*',
@@ -54,7 +57,7 @@ def test_every_style_of_start_with_every_style_of_end(start, end):
 
 def test_credits_are_cut_with_the_empty_lines_after_them():
     start = '*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\n\n\n'
-    for credit in ('Produced by Anonymous Volunteers', 'E-text prepared by A and B\nand the team\nhttp://www.pgdp.net',
+    for credit in ('Produced by Anonymous Volunteers', 'E-text prepared by A and B\nand the team\nhttp://x.net',
                    'This etext was prepared by C <c@d.e>', 'Transcribed from the 1900 edition by F'):
         left, removed = cut(f'{start}{credit}\n\n\n\n{novel(1)}')
         assert left == novel(1) and removed['credits'] == n_bytes(credit) + 4
@@ -70,7 +73,7 @@ def test_a_small_print_after_the_book_does_not_take_the_book_away():
 def test_markers_far_inside_are_text():
     inside = "End of Project Gutenberg's first volume\n*** START OF THE PROJECT GUTENBERG EBOOK II ***\n"
     long = novel(1, 20_000)
-    text = f'*** START OF THE PROJECT GUTENBERG EBOOK ***\n{long}{inside}{long}*** END OF THE PROJECT GUTENBERG EBOOK ***\n'
+    text = f'{STARTS[0]}\n{long}{inside}{long}{ENDS[0]}\n'
     after, decisions = clean_book(Document(text, 'x'))
     assert after.text == long + inside + long
     assert [d.value for d in decisions if d.rule == 'books.inner_markers'] == [2]
@@ -121,19 +124,19 @@ def test_line_ends_and_byte_order_marks_do_not_matter():
     [doc] = read('שלום e\u0301 \u202e\u2028x\x85y'.encode())
     assert doc.text == 'שלום e\u0301 \u202e\u2028x\x85y'
 
-@pytest.mark.parametrize('data', [b'a\0b', 'Käthe'.encode('utf-16-le'), b'\xff\xfea', codecs.BOM_UTF16_LE + b'\0\xd8',
-                                  b'\x81\x8d', bytes(range(256)), b'\0'*1000])
+@pytest.mark.parametrize('data', [b'a\0b', 'Käthe'.encode('utf-16-le'), b'\xff\xfea', b'\x81\x8d',
+                                  codecs.BOM_UTF16_LE + b'\0\xd8', codecs.BOM_UTF8 + b'\xe4',
+                                  bytes(range(256)), b'\0'*1000])
 def test_what_is_no_text_is_reported(data):
     told = []
     assert read(data, lambda place, why: told.append(why)) == []
     assert len(told) == 1 and 'is no text' in told[0]
     with pytest.raises(UserError, match='is no text'): read(data)
 
-@pytest.mark.parametrize('name', ['rot13', 'hex', 'zlib', 'idna', 'no-such', 'utf-16', 'unicode_escape'])
+@pytest.mark.parametrize('name', ['rot13', 'hex', 'zlib', 'no-such', 'utf-16', 'utf-7', 'unicode_escape', 'cp037'])
 def test_a_header_cannot_choose_any_codec(name):
     [doc] = read(f'Character set encoding: {name}\n\\u0041 '.encode() + b'\xe4\n')
-    assert doc.text.endswith('ä\n') or doc.metadata['encoding'] == 'unicode_escape'
-    assert 'A ä' not in doc.text
+    assert doc.text.endswith('\n\\u0041 ä\n') and doc.metadata['encoding'] == 'cp1252, guessed'
 
 def test_facts_of_the_header():
     head = 'Title: Emma\nAuthor: Jane Austen\nRelease Date: 1994 [EBook #158]\nLanguage: English\n'
@@ -156,8 +159,8 @@ def test_a_folder_with_everything_in_it(tmp_path):
     (tmp_path/'h.txt').symlink_to(tmp_path/'nowhere')
     told = []
     found = [*read_books(tmp_path, lambda place, why: told.append(place))]
-    assert {doc.id: doc.text for doc in found} == {name: data.decode('utf-8') if not name.endswith('xz') else 'three'
-                                                   for name, data in good.items()}
+    assert {doc.id: doc.text for doc in found} == {'a.txt': 'one', 'sub/b.TXT.txt': 'two', 'c.txt.xz': 'three',
+                                                   'e.txt': ''}
     assert sorted(os.path.basename(p) for p in told) == ['d.txt.xz', 'f.txt']
     with pytest.raises(UserError): [*read_books(tmp_path)]
     (tmp_path/'none').mkdir()
@@ -185,9 +188,10 @@ def shelf_of(seed):
     "Books, later editions, parts, collections, copies and empty ones, in any order"
     draw = random.Random(seed)
     texts = [novel(f'{seed} {i}', draw.choice([30, 300, 1000])) for i in range(4)]
-    def edited(text): return ' '.join('new' if draw.random() < draw.choice([.005, .02, .1]) else w for w in text.split(' '))
-    texts += [edited(draw.choice(texts)) for _ in range(4)]
-    texts += [''.join(draw.sample(texts[:4], 3)), draw.choice(texts).upper(), texts[0][:len(texts[0])*2//3], '', '...']
+    def edited(text, share): return ' '.join('new' if draw.random() < share else w for w in text.split(' '))
+    texts += [edited(draw.choice(texts), share) for share in (.003, .01, .02, .1)]
+    texts += [''.join(draw.sample(texts[:4], 3)), draw.choice(texts).upper(), texts[0][:len(texts[0])*2//3]]
+    texts += ['', '...']
     names = draw.sample([f'{i:02}' for i in range(len(texts))], len(texts))
     return [Document(text, name, 'books') for text, name in zip(texts, names)]
 
@@ -204,8 +208,8 @@ def slowly(docs, rules):
         else: kept.append(name)
     return removed
 
-@pytest.mark.parametrize('settings', [{}, {'measure': 'jaccard'}, {'keep': 'first'}, {'overlap': .5}, {'words': 2},
-                                      {'candidates': 'sampled', 'every': 2}])
+@pytest.mark.parametrize('settings', [{}, {'measure': 'jaccard'}, {'keep': 'first'}, {'overlap': .5},
+                                      {'words': 2}, {'candidates': 'sampled', 'every': 2}])
 def test_verdicts_are_those_of_all_pairs(settings, tmp_path):
     rules = BookRules(**settings)
     for seed in range(6):
@@ -216,13 +220,14 @@ def test_verdicts_are_those_of_all_pairs(settings, tmp_path):
             assert copy.of not in removed and copy.measured > rules.overlap
         assert overlapping_books(docs[::-1], rules, tmp_path/str(seed), memory=5000) == removed
         stage = Stage('books', partial(drop_copy, removed=removed, rules=rules))
-        assert len([*stage(docs)]) == len(docs) - len(removed)
+        left = [doc.id for doc in docs if doc.id not in removed and doc.text]
+        assert [doc.id for doc in stage(docs)] == left
         gone = stage.tally.rules['books.overlap'].removed
         assert stage.tally.bytes_in == stage.tally.bytes_out + gone
 
 def test_more_than_ninety_percent_is_more():
     "Eleven shingles, of which ten are shared: 0.909; ten of which nine are: 0.9, which is not more"
-    words = [f'w{i}' for i in range(14)]
+    words = [f'w{i}' for i in range(15)]
     for n, goes in ((11, True), (10, False)):
         one = words[:n + 4]
         other = ['x', *one[1:], 'y', 'z', 'v', 'w', 'u']
@@ -236,14 +241,14 @@ def test_a_thousand_copies_leave_one():
 
 def test_memory_with_a_folder_does_not_grow_with_the_books(tmp_path):
     def peak(n, folder):
-        docs = (Document(novel(i, 4000), f'{i:04}') for i in range(n))
+        docs = (Document(novel(i, 1500), f'{i:04}') for i in range(n))
         tracemalloc.start()
         overlapping_books(docs, folder=folder, memory=2**17)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
     overlapping_books([Document(novel(0), 'a')])
-    assert peak(60, tmp_path/'b') < peak(20, tmp_path/'a') + 40*1500
+    assert peak(45, tmp_path/'b') < peak(15, tmp_path/'a') + 30*1500
 
 def test_settings_that_mean_nothing_are_named():
     for name in ('measure', 'candidates', 'keep'):

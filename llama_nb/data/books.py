@@ -48,16 +48,19 @@ class BookRules:
 _BOMS = (codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16')
 _DECLARED = re.compile(rb'character set encoding:[ \t]*([\w.-]+(?: latin-?1)?)', re.I)
 _LATIN = {'iso-8859-1', 'iso latin-1', 'iso latin1', 'latin-1', 'latin1', 'ascii', 'us-ascii'}
+_OTHERS = re.compile(r'iso-8859-\d\d?|(windows-|cp)125\d|cp(437|85[02]|866)|koi8-[ru]|big5|gb(2312|k|18030)'
+                     r'|euc-(jp|kr)|shift[-_]jis')       # which have ASCII in its place
 
 def _encodings(data:bytes)->Iterator[tuple[str, str]]: # name, what it is called in the metadata
     "What to try, the likeliest first"
-    for mark, name in _BOMS:
-        if data.startswith(mark): yield name, name
-    if b'\0' in data: return
+    marked = [name for mark, name in _BOMS if data.startswith(mark)]
+    for name in marked: yield name, name
+    if marked or b'\0' in data: return
     yield 'utf-8', 'utf-8'
-    if found := _DECLARED.search(data[:20_000]):
-        declared = found[1].decode().lower()
-        for name in ('cp1252', 'latin-1') if declared in _LATIN else (declared,): yield name, declared
+    found = _DECLARED.search(data[:20_000])
+    declared = found[1].decode().lower() if found else ''
+    if declared in _LATIN: yield from (('cp1252', declared), ('latin-1', declared))
+    if _OTHERS.fullmatch(declared): yield declared, declared
     yield 'cp1252', 'cp1252, guessed'
 
 def _decode(data:bytes)->tuple[str, str]|None: # text with \n at its line ends, encoding
