@@ -269,8 +269,8 @@ def _open(path, name:str):
 # %% ../../nbs/75_data.archive.ipynb #html-text
 _HIDDEN = '''head script style noscript template svg math iframe object canvas audio video select
 textarea'''.split()
-_BLOCKS = set('''address article aside blockquote body br caption center dd details dialog div dl dt
-fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol p pre section
+_BLOCKS = set('''address article aside blockquote body br button caption center dd details dialog div dl
+dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol p pre section
 summary table tbody tfoot thead tr ul'''.split())
 _SPACE = re.compile(r'\s+')
 
