@@ -49,10 +49,10 @@ def test_every_kind_of_damage_takes_its_record_and_no_other(packed):
         if kind == 'junk': bad = whole[:at] + rng.randbytes(rng.randrange(1, 60)) + whole[at:]
         found, told = read(b''.join([*records[:i], bad, *records[i + 1:]]))
         rest = [n for n in found if n != i]
-        # in a plain file a changed head may hide the beginning of a record from the one before it
+        # in a plain file a cut may leave its neighbours without the line break between them
         missing = set(range(12)) - {i} - set(found)
         assert rest == sorted(rest) and len(missing) <= (0 if packed else 1), (kind, at, found, told)
-        assert missing <= {i - 1} and (told or i in found or bad == b''), (kind, at, found, told)
+        assert missing <= {i - 1, i + 1} and (told or i in found or bad == b''), (kind, at, found, told)
 
 def test_all_that_came_in_is_given_or_skipped_or_reported(tmp_path):
     parts = [record(i, page(i)) for i in range(4)]
@@ -68,12 +68,12 @@ def test_all_that_came_in_is_given_or_skipped_or_reported(tmp_path):
     assert len({doc.id for doc in docs}) == 6 and {doc.source for doc in docs} == {'a.warc.gz'}
     assert [doc.id for doc in docs] == [doc.id for doc in read_warc(path)]
 
-@pytest.mark.parametrize('data', [b'', b'\n\n', b'no archive', b'\x1f\x8b\x08', gzip.compress(b''), bytes(10**5),
+@pytest.mark.parametrize('data', [b'', b'\n\n', b'no archive', b'\x1f\x8b\x08', gzip.compress(b'', mtime=0), bytes(10**5),
                                   b'WARC/1.0', b'WARC/1.0\r\n\r\n', b'WARC/1.0\r\nContent-Length: 5\r\n\r\nab',
                                   b'WARC/1.0\r\nContent-Length: -5\r\n\r\n', gzip.compress(gzip.compress(b'WARC/'))])
 def test_what_is_no_archive_gives_nothing_and_at_most_one_report(data):
     found, told = read(data)
-    assert found == [] and len(told) == (0 if data in (b'', b'\n\n', gzip.compress(b'')) else 1)
+    assert found == [] and len(told) == (0 if data in (b'', b'\n\n', gzip.compress(b'', mtime=0)) else 1)
 
 def test_the_strict_report_stops_and_names_the_place(tmp_path):
     path = tmp_path/'a.warc.gz'
