@@ -72,6 +72,7 @@ class _Member:
 
 # %% ../../nbs/75_data.archive.ipynb #held
 _LENGTH = re.compile(rb'(?mi)^content-length:[ \t]*(\d{1,18})[ \t]*\r?$')
+_VERSION = re.compile(rb'WARC/1\.\d\r\n')
 _END = 'the archive ends'
 
 class _Held:
@@ -112,6 +113,7 @@ class _Records(_Held):
         start = self._start()
         length = _LENGTH.search(self.data, 0, start)
         if not length: raise ValueError('does not say how long it is')
+        if _VERSION.search(self.data, 5, start): raise ValueError('has the head of another record in its own')
         end = start + int(length[1])
         if end > MAX_RECORD: raise ValueError(f'is longer than {MAX_RECORD:,} bytes')
         if not self.reach(end): raise ValueError(f'is cut short: {self.gap}')
