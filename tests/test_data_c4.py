@@ -1,4 +1,4 @@
-"""C4's rules beside a second writing of them, line by line as the published code goes; and what no rule foresees."""
+"""C4's rules beside a second writing of them, in one pass; odd texts."""
 
 import random
 from dataclasses import replace

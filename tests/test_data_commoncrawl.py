@@ -1,4 +1,4 @@
-"""Web archives that are damaged in every way, and CCNet's deduplication of lines. `warcio` writes what is read,
+"""Web archives that are damaged, and CCNet's deduplication of lines. `warcio` writes what is read,
 and is the judge where nothing is damaged."""
 
 import gzip, io, random, tracemalloc
