@@ -195,7 +195,7 @@ class StackexchangeRules:
     tags:str = choice('blocks', 'HTML to text: `blocks` keeps paragraphs, code and lists apart, `redpajama`',
                       'ours', redpajama='redpajama')
     unanswered:bool = choice(True, 'questions without an answer are kept', 'redpajama', strict=False)
-    min_score:float = choice(float('-inf'), 'of an answer that is kept', 'ours', strict=0.)
+    min_score:int = choice(-10**9, 'of an answer that is kept', 'ours', strict=0)
     question:str = choice('Q: {title}\n\n{body}', 'the form of a question', 'ours',
                           redpajama='Q: {title} {body}')
     answer:str = choice('\n\nA: {body}', 'the form of an answer', 'ours', redpajama='\nA: {body}')
@@ -295,7 +295,7 @@ def clean_stackexchange(doc:Document, rules:StackexchangeRules=StackexchangeRule
     answers, low = _without_low(answers, rules.min_score)
     fine = bool(answers) or rules.unanswered
     found = [low, Decision('stackexchange.unanswered', 0 if fine else n_bytes(doc.text) - low.removed,
-                           len(answers), 0 if rules.unanswered else 1, doc.text[:80])]
+                           len(answers), 0 if rules.unanswered else 1, '' if fine else doc.text[:80])]
     if not fine: return None, found
     title = question.get('Title', '')
     if rules.tags == 'redpajama': title = to_text(title)
