@@ -22,8 +22,8 @@ from .dedup import IsFirst, first_seen, text_key
 from .stage import Decision, Stage, choice, judge, n_bytes
 
 # %% ../../nbs/77_data.github.ipynb #is-allowed
-_STEPS = [(r'\(([TF])\)', r'\1'), ('T&T', 'T'), ('[TF]&[TF]', 'F'),
-          (r'(?<!&)F\|F(?!&)', 'F'), (r'(?<!&)[TF]\|[TF](?!&)', 'T')]
+_STEPS = [(r'\(([TF])\)', r'\1'), ('T&T', 'T'), ('F&[TF]|T&F', 'F'),
+          (r'(?<!&)F\|F(?!&)', 'F'), (r'(?<!&)(?:T\|[TF]|F\|T)(?!&)', 'T')]
 _SIGNS = {'(': '(', ')': ')', 'and': '&', 'or': '|'}
 _LONGEST = 2000                 # characters of an expression; more is no licence
 
@@ -239,9 +239,12 @@ _LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUT
          tarfile.GNUTYPE_LONGLINK)
 
 class _Header(tarfile.TarInfo):
-    "Refuses a header of more than a MiB"
+    "Refuses a header of more than a MiB, and notes whether the last one was the end"
+    complete = False
+
     @classmethod
     def frombuf(cls, buf, encoding, errors):
+        cls.complete = len(buf) == tarfile.BLOCKSIZE and not any(buf)
         found = super().frombuf(buf, encoding, errors)
         if found.type in _LONG and not 0 <= found.size <= MAX_FILE:
             raise UserError(f'it has a header of {found.size:,} bytes')
@@ -251,13 +254,15 @@ def _member(tar, member, limit:int)->bytes:
     return tar.extractfile(member).read(limit)
 
 def _tar(path:str)->Iterator[_Entry]:
-    with open_stream(path) as stream, tarfile.open(fileobj=stream, mode='r|', tarinfo=_Header) as tar:
+    header = type('_ThisHeader', (_Header,), {})            # each archive its own
+    with open_stream(path) as stream, tarfile.open(fileobj=stream, mode='r|', tarinfo=header) as tar:
         while (member := tar.next()) is not None:
             tar.members = []                                # it would remember them all
             if member.isdir(): continue
             mode = stat.S_IFREG if member.isreg() else 0
             problem = _why_not(member.name, mode, member.issym() or member.islnk())
             yield _Entry(member.name, partial(_member, tar, member), problem)
+    if not header.complete: raise UserError(f'{path} ends where no archive ends: it is cut off or damaged')
 
 # %% ../../nbs/77_data.github.ipynb #zip
 def _zip(path:str)->Iterator[_Entry]:
@@ -278,7 +283,7 @@ def _zip(path:str)->Iterator[_Entry]:
 
 # %% ../../nbs/77_data.github.ipynb #entries
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError,
-            NotImplementedError, AttributeError)
+            NotImplementedError, AttributeError, LookupError)
 
 def _entries(path:str)->Iterator[_Entry]:
     "Entries of a project. Raises `UserError` where it cannot be read any further"
@@ -323,6 +328,14 @@ def _speaker(name:str)->tuple|None: # depth, rank, whom to ask
         if re.fullmatch(pattern, last): return len(folders), rank, ask
 
 # %% ../../nbs/77_data.github.ipynb #project-licence
+def _ask(entry:_Entry, ask:Callable)->str:
+    try:
+        return ask(entry.name, entry.read(MAX_FILE))
+    except UserError:
+        raise
+    except _DAMAGES:                                        # nothing that can be understood
+        return ''
+
 def project_licence(path # a folder or an archive
                    )->str: # SPDX, '' if it states none
     "The licence of a project, from what is nearest to its root. Raises `UserError`"
@@ -333,7 +346,7 @@ def project_licence(path # a folder or an archive
             speaker = None if entry.problem else _speaker(entry.name)
             if not speaker or speaker[0] > deepest: continue
             depth, rank, ask = speaker
-            said.append((depth, rank, entry.name, ask(entry.name, entry.read(MAX_FILE))))
+            said.append((depth, rank, entry.name, _ask(entry, ask)))
     except UserError:
         if not said: raise
     for _, group in groupby(sorted(said), key=lambda row: row[:2]):
