@@ -90,14 +90,13 @@ def _as_utf8(pieces:Iterator[bytes], place:str)->Iterator[bytes]:
 MAX_PAGE = 2**24                # bytes of XML
 _OPEN, _CLOSE, _END = b'<page>', b'</page>', b'</mediawiki>'
 
-def _head(pieces:Iterator[bytes], place:str)->tuple[str, bytes]: # (head, beginning of the pages)
+def _head(pieces:Iterator[bytes], place:str)->tuple[str, bytes]: # (head, all that was read)
     "What stands before the first page. Raises `UserError` if the file is no export"
     head = b''
     while _OPEN not in head and len(head) <= MAX_PAGE and (piece := next(pieces, b'')):
         head += piece
     if b'<mediawiki' not in head or len(head) > 2*MAX_PAGE: raise UserError(f'{place} is no MediaWiki export')
-    before, opened, after = head.partition(_OPEN)
-    return before.decode('utf-8', 'replace'), opened + after if opened else before
+    return head.partition(_OPEN)[0].decode('utf-8', 'replace'), head
 
 def _cut(pieces:Iterable[bytes], report:Report)->Iterator[tuple[int, bytes]]: # (number from 1, XML)
     "What ends in a </page>, without that"
@@ -167,6 +166,9 @@ def _read(pieces:Iterator[bytes], place:str, report:Report, licence:str)->Iterat
     for number, xml in _cut(chain([first], pieces), told):
         before, opened, page = xml.rpartition(_OPEN)
         if _OPEN in before: told(f'before page {number}', 'a page has no end')
+        if not opened:
+            told(f'page {number}', 'has no beginning')
+            continue
         try:
             yield _document(opened + page + _CLOSE, wiki, licence)
         except ValueError as e:
@@ -176,7 +178,7 @@ def _read(pieces:Iterator[bytes], place:str, report:Report, licence:str)->Iterat
 _HEAD = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" version="0.10" xml:lang="{language}">
   <siteinfo>
     <dbname>{name}</dbname>
-    <base>https://{language}.wikipedia.org/wiki/Main_Page</base>
+    <base>{address}Main_Page</base>
   </siteinfo>
 """
 _PAGE = """  <page>
@@ -194,9 +196,10 @@ _PAGE = """  <page>
 def write_export(docs:Iterable[Document],       # wikitext; `title`, `ns` and `redirect` in the metadata
                  language:str='en',
                  name:str='',                   # of the wiki, such as `enwiki`
+                 address:str='https://example.org/wiki/',
                 )->Iterator[bytes]:
     "A MediaWiki export in UTF-8, piece by piece; what XML cannot hold is left out"
-    yield _HEAD.format(language=language, name=name or f'{language}wiki').encode()
+    yield _HEAD.format(language=language, name=name or f'{language}wiki', address=escape(address)).encode()
     for number, doc in enumerate(docs, 1):
         about = {'title': doc.id, 'ns': 0, **doc.metadata}
         to = about.get('redirect')
@@ -241,10 +244,10 @@ def topic_wikitext(doc:Document, titles:Iterable[str])->Document:
     title = doc.id.rpartition('/')[2]
     links = re.compile(r'\b(' + '|'.join(map(re.escape, sorted(set(titles) - {title}))) + r')\b')
     blocks = re.split(r'\n(?:[ \t]*\n)+', doc.text.strip('\n'))
-    first, *blocks = (_block(b.strip('\n'), links) for b in blocks)
-    cited = f'{first}<ref name="doc">{{{{cite web|title={title}|url=https://docs.python.org}}}}</ref>'
-    start = first if first.startswith('==') else cited
-    body = '\n\n'.join([start, *blocks])
+    blocks = [_block(b.strip('\n'), links) for b in blocks]
+    prose = next((i for i, b in enumerate(blocks) if not b.startswith(('==', '<'))), 0)
+    blocks[prose] += f'<ref>{{{{cite web|title={title}|url=https://docs.python.org}}}}</ref>'
+    body = '\n\n'.join(blocks)
     text = _AROUND.format(title=title, body=body, size=len(doc.text), lines=doc.text.count('\n'))
     return replace(doc, text=text, metadata={**doc.metadata, 'title': title})
 
@@ -265,6 +268,7 @@ class WikipediaRules:
     formulas:bool = choice(True, 'whether formulas stay, as LaTeX', 'ours', redpajama=False)
     words:bool = choice(True, 'whether templates for words are written out', 'ours', redpajama=False)
     addresses:bool = choice(False, 'whether bare web addresses stay', 'paper', redpajama=True)
+    holes:bool = choice(False, 'whether brackets stay that have lost their contents', 'ours', redpajama=True)
     leftovers:bool = choice(True, 'whether broken markup is removed as well', 'ours', redpajama=False)
     max_size:int = choice(2**21, 'bytes of wikitext; MediaWiki takes no more', 'ours')
     max_work:float = choice(2e7, 'unmatched marks times characters, above which no page is parsed', 'ours')
@@ -419,7 +423,7 @@ def _broom(text:str, names:Language)->str:
 
 # %% ../../nbs/78_data.wikipedia.ipynb #tidy
 _EMPTY = [(re.compile(pattern), kept) for pattern, kept in [
-    (r'(?<=\s)\([\s;,:]*\)', ''), (r'(?<=\s)\([\s;,:]+', '('), ('\xa0', ' '), (r'(?<=\S) {2,}', ' ')]]
+    (r'(?<=\s)\([\s;,:]*\)', ''), (r'(?<=\s)\([\s;,:]+', '(')]]
 
 def _without_empty(lines:list[str], keep_headings:bool)->list[str]:
     "Lines from the last to the first, without items and headings over nothing"
@@ -437,7 +441,8 @@ def _without_empty(lines:list[str], keep_headings:bool)->list[str]:
     return kept[::-1]
 
 def _tidy(text:str, rules:WikipediaRules)->str:
-    for pattern, kept in _EMPTY: text = pattern.sub(kept, text)
+    for pattern, kept in [] if rules.holes else _EMPTY: text = pattern.sub(kept, text)
+    text = re.sub(r'(?<=\S) {2,}', ' ', text.replace('\xa0', ' '))
     lines = _without_empty([line.rstrip() for line in text.split('\n')], rules.empty_headings)
     text = re.sub(f'{_ITEM}[{_ITEM} \t]*', rules.item, '\n'.join(lines))
     return re.sub(r'\n{3,}', '\n\n', text).strip().translate(_UNSAFE)
