@@ -103,7 +103,8 @@ class Fixed:
 def test_thresholds_of_the_presets():
     doc = Document('text', 'a')
     def stays(rules, p): return clean_reference(doc, Fixed(cc=1 - p, wiki=p), rules)[0] is not None
-    assert [stays(preset(ReferenceRules, n), .3) for n in ('paper', 'redpajama', 'strict')] == [False, True, False]
+    found = [stays(preset(ReferenceRules, n), .3) for n in ('paper', 'redpajama', 'strict')]
+    assert found == [False, True, False]
     rounded = [clean_language(doc, Fixed(en=.4951), preset(LanguageRules, n))[0]
                for n in ('paper', 'ccnet')]
     assert rounded[0] is None and rounded[1].language == 'en'

@@ -75,7 +75,8 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(arpa):
         with pytest.raises(UserError): read_arpa(arpa)
 
 @pytest.mark.parametrize('old, new', [('ngram 1=', 'ngram 1=9'), ('\\3-grams:', '\\4-grams:'),
-                                      ('\tw1\t', '\tw0\t'), ('\tw1', '\tw1 w2 w3 w4 w5'), ('\n-', '\nnan'), ('\tw1', '\t\udcff')])
+                                      ('\tw1\t', '\tw0\t'), ('\tw1', '\tw1 w2 w3 w4 w5'),
+                                      ('\n-', '\nnan'), ('\tw1', '\t\udcff')])
 def test_a_file_that_lies_is_refused(arpa, old, new):
     text = arpa.read_text()
     assert old in text
@@ -98,7 +99,8 @@ def test_a_kenlm_binary_needs_kenlm(tmp_path):
 def test_kenlm_gives_the_same_scores(model, arpa):
     kenlm = pytest.importorskip('kenlm')
     judge = kenlm.Model(str(arpa))
-    for s in [*noise(3), ['zzz', 'w1']]: assert judge.score(' '.join(s)) == pytest.approx(model.total([s])[0], abs=1e-4)
+    for s in [*noise(3), ['zzz', 'w1']]:
+        assert judge.score(' '.join(s)) == pytest.approx(model.total([s])[0], abs=1e-4)
 
 ODD = ['', ' \n ', '\0'*50, '\ud83d', 'אבג דהו', 'e\u0301'*40, '１２３', 'x'*10**6, '<s> </s> <unk>',
        '\u2028\x85']
