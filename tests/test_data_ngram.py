@@ -32,12 +32,12 @@ def test_probabilities_add_up_to_one_after_every_context(seed, order):
         assert total == pytest.approx(1, abs=1e-5)
 
 def test_a_bigram_by_hand():
-    "a b, a b, a c: all by hand, with the fallback discounts .5, 1, 1.5"
+    "a b, a b, a c: by hand. Of the bigrams 2, 2, 1, 0 have counts 1 to 4, so Y = 1/3, D = 1/3, 3/2, 3"
     model = train_ngrams([['a', 'b'], ['a', 'b'], ['a', 'c']], NgramRules(order=2))
     got = 10**model.token_scores(model.encode([['a', 'b']]))[2]
-    # adjusted: </s> 2, a 1, b 1, c 1, of 5; taken 1 + 3*.5; the vocabulary without <s> has 5 tokens
+    # adjusted: </s> 2, a 1, b 1, c 1, of 5, by the fallback 1 + 3/2 are taken; 5 tokens without <s>
     b = Fraction(1, 2)/5 + Fraction(5, 2)/5*Fraction(1, 5)
-    assert got == pytest.approx(float(Fraction(2 - 1, 3) + (1 + Fraction(1, 2))/3*b), rel=1e-6)
+    assert got == pytest.approx(float(Fraction(1, 2)/3 + (Fraction(3, 2) + Fraction(1, 3))/3*b), rel=1e-6)
 
 def test_sentences_do_not_touch(model):
     s = noise(7, 9)
