@@ -27,7 +27,7 @@ class FastTextRules:
     minn:int = choice(0, 'characters in the shortest piece of a word', 'redpajama')
     maxn:int = choice(0, 'characters in the longest; 0 for whole words only', 'redpajama')
     word_ngrams:int = choice(1, 'words in the longest sequence that is a feature', 'redpajama')
-    bucket:int = choice(2**19, 'rows for hashed features, at least', 'ours')
+    bucket:int = choice(2**16, 'rows for hashed features, at least', 'ours')
 
 LANGUAGE_MODEL = FastTextRules(dim=16, minn=2, maxn=4, lr=.5, epoch=25) # dim, minn, maxn: as lid.176
 
