@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'PRESETS', 'FREE_SETTINGS', 'ffn_width', 'setting', 'check_fields', 'ModelConfig', 'parameter_table',
            'OptimConfig', 'DataConfig', 'TrainConfig', 'ParallelConfig', 'check_tensor_degree', 'degrees', 'RunConfig',
-           'setting_names', 'parse_flags', 'load_run', 'dump_run', 'differences']
+           'setting_names', 'read_toml', 'parse_flags', 'load_run', 'dump_run', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
 import contextlib, io, math, re, tomllib
@@ -160,8 +160,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class DataConfig:
     "What goes in"
-    train:str                # folder of token shards to learn from
-    held_out:str=''          # folder of token shards for validation; none if empty
+    train:str                # folder of token shards to learn from, or mixture of several (TOML file)
+    held_out:str=''          # folder of token shards for validation, or mixture; none if empty
     seq_len:int=2048         # t, tokens in a sequence
     batch_size:int=2048      # sequences per optimiser step (2048 x 2048 = 4M tokens, Table 2)
     documents:str='cross'    # cross: attention sees earlier documents of the sequence; separate: it does not
@@ -278,7 +278,8 @@ def _all_fields(cls, prefix:str='')->dict[str,Field]: # 'train.steps' -> its fie
     return found
 
 # %% ../nbs/01_config.ipynb #toml-settings
-def _read_toml(path)->dict:
+def read_toml(path)->dict:
+    "The tables of a TOML file. Raises `UserError` if it cannot be read or is none"
     try:
         return tomllib.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError) as e:
@@ -296,7 +297,7 @@ def _flatten(table:dict, prefix:str='')->dict:
 
 def _toml_settings(path)->dict:
     "The settings of TOML file `path` as dotted keys; a preset becomes sizes, but the file's own win"
-    flat, known = _flatten(_read_toml(path)), setting_names()
+    flat, known = _flatten(read_toml(path)), setting_names()
     if 'model.preset' in flat:
         preset = choose(PRESETS, flat.pop('model.preset'), 'preset')
         flat = _flatten({'model': asdict(preset)}) | flat

@@ -100,6 +100,7 @@ class TokenShards:
     Raises `UserError` if it is not one, or not complete"""
     def __init__(self, folder,
                  share:tuple[int,int]|None=(0, 1), # (r, n): check the size of every n-th file, from the r-th
+                 maps:int=64, # files that are held open at a time
                 ):
         self.folder = Path(folder)
         try:
@@ -114,7 +115,7 @@ class TokenShards:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{folder}/manifest.json is damaged; write the shards again') from None
         self.digest = bytes_digest(raw)
-        self._map = lru_cache(64)(self._open)
+        self.maps, self._map = maps, lru_cache(maps)(self._open)
         mine = sorted(sizes)[share[0]::share[1]] if share else ()
         for name in mine: _check_size(self.folder/name, sizes[name])
 
@@ -127,9 +128,12 @@ class TokenShards:
         self._starts = np.cumsum([0] + [s['tokens'] for s in shards])
         return {name: file['bytes'] for name, file in made['files'].items()}
 
+    @property
+    def tokenizer_path(self)->Path: return self.folder/'tokenizer.model'
+
     def __reduce__(self):
         "Another process opens the folder by itself, and need not check it again"
-        return type(self), (self.folder, None)
+        return type(self), (self.folder, None, self.maps)
 
     def _open(self, i:int)->np.memmap:
         "Shard number `i`"

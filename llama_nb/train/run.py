@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..config import RunConfig, degrees, differences, dump_run, load_run
 from ..core import UserError, choose, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state
+from ..data.mixture import make_loader, open_tokens
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomic
@@ -99,13 +100,13 @@ def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     """The loader of the training text and the held-out shards. Raises `UserError` where they do not fit the
     model or each other"""
     c, share = config.data, rank_and_size()                   # the files' sizes are dealt out to the ranks
-    shards = TokenShards(c.train, share)
-    held_out = TokenShards(c.held_out, share) if c.held_out else None
+    shards = open_tokens(c.train, share)
+    held_out = open_tokens(c.held_out, share) if c.held_out else None
     for s in filter(None, (shards, held_out)): _check_vocabulary(s, config.model.vocab_size)
     if held_out and held_out.tokenizer_digest != shards.tokenizer_digest:
         raise UserError(f'{c.train} and {c.held_out} were made by different tokenizers; '
                         'write both with the same one')
-    return Loader(shards, c.seq_len, c.batch_size, config.train.seed), held_out
+    return make_loader(shards, c.seq_len, c.batch_size, config.train.seed), held_out
 
 def _check_vocabulary(shards:TokenShards, size:int):
     if shards.vocab_size <= size: return
@@ -119,7 +120,7 @@ def open_folder(config:RunConfig, shards:TokenShards)->Path:
     out = Path(config.out)
     path = out/'config.toml'
     if not path.exists():
-        write_atomic(out/'tokenizer.model', (shards.folder/'tokenizer.model').read_bytes())
+        write_atomic(out/'tokenizer.model', shards.tokenizer_path.read_bytes())
         write_atomic(path, dump_run(config))
         return out
     changed = '; '.join(differences(load_run(path), config))
@@ -226,7 +227,7 @@ def _open_text(run:Trainer):
     wanted = on_rank_zero(lambda: [s.digest for s in folders])
     on_all_ranks(lambda: _compare(folders, wanted))
     if run.config.data.documents == 'separate':
-        run.bos_id = Tokenizer(run.loader.shards.folder/'tokenizer.model').bos_id
+        run.bos_id = Tokenizer(run.loader.shards.tokenizer_path).bos_id
 
 def _compare(folders:list[TokenShards], wanted:list[str]):
     for s, digest in zip(folders, wanted):
