@@ -42,7 +42,8 @@ class _Body(io.RawIOBase):
     def skip(self):
         "Read what was left over"
         self.left, self.padding = self.left + self.padding, 0
-        while self.left: self.read(min(self.left, 2**16))
+        while self.left:
+            self.read(min(self.left, 2**16))
 
 # %% ../../nbs/7A_data.arxiv.ipynb #tar-members
 def _header(block:bytes)->tarfile.TarInfo|None:
@@ -59,6 +60,7 @@ def _long_name(kind:bytes, data:bytes)->str|None:
         data = found[1] if found else b''
     return data.rstrip(b'\0').decode('utf-8', 'replace') or None
 
+# %% ../../nbs/7A_data.arxiv.ipynb #tar-loop
 def tar_members(stream:BinaryIO,
                 place:str,                        # the file, for messages
                 block:bytes=b'',                  # the first header, if it was read already
@@ -111,7 +113,10 @@ def paper_files(stream:BinaryIO,
     "The TeX files of a submission; empty if it is a PDF. Raises `UserError` at damage and above `MAX_PAPER`"
     head, found = stream.read(_BLOCK), {}
     if head.startswith(_NO_TEX): return found
-    members = tar_members(stream, place, head) if _header(head) else [(name, io.BytesIO(head + stream.read(MAX_PAPER)))]
+    if _header(head):
+        members = tar_members(stream, place, head)
+    else:
+        members = [(name, io.BytesIO(head + stream.read(MAX_PAPER)))]
     left = MAX_PAPER
     for name, body in members:
         if not name.lower().endswith(_TEX): continue
@@ -119,6 +124,8 @@ def paper_files(stream:BinaryIO,
         left -= len(data) + len(name)
         if left < 0: raise UserError(f'{place} has more than {MAX_PAPER:,} bytes of TeX')
         found[posixpath.normpath(name)] = data
+    while stream.read(2**16):               # up to the checksum of the gzip
+        pass
     return found
 
 # %% ../../nbs/7A_data.arxiv.ipynb #read
@@ -140,6 +147,7 @@ def _paper(name:str, stream:BinaryIO, place:str)->Document:
     return Document(''.join(text for text, _ in texts.values()), paper_id, 'arxiv',
                     f'https://arxiv.org/abs/{paper_id}', metadata={'files': about})
 
+# %% ../../nbs/7A_data.arxiv.ipynb #month
 def _month(stream:BinaryIO, place:str, report:Report)->Iterator[Document]:
     "Submissions in a tar; one that cannot be read is reported"
     for path, body in tar_members(stream, place):
@@ -174,15 +182,16 @@ _REDPAJAMA = 'regular expressions, file by file'
 @dataclass(frozen=True)
 class ArxivRules:
     "What section 2.1 leaves open about arXiv"
-    engine:str = choice('tokens', f'how macros and comments are found: `tokens`, as TeX does, or `{_REDPAJAMA}`',
+    engine:str = choice('tokens', f'how macros are found: by `tokens`, as in TeX, or by `{_REDPAJAMA}`',
                         'ours', redpajama=_REDPAJAMA)
-    only_utf8:bool = choice(False, 'a paper with a file in another encoding is removed', 'ours', redpajama=True)
+    only_utf8:bool = choice(False, 'a paper with a file in another encoding is removed', 'ours',
+                            redpajama=True)
     main:str = choice('all', '`all` files with a `\\documentclass`, or the `longest` of them', 'ours',
                       strict='longest')
     headings:tuple = choice(_SECTIONS, 'the first of these opens the text', 'ours',
                             redpajama=(*_SECTIONS, *_BELOW[:2]))
-    otherwise:tuple = choice(('below', 'abstract', 'document', 'file'), 'where the text opens without a heading: '
-                             'at a lower one, behind the abstract, at the document, at once; else no text',
+    otherwise:tuple = choice(('below', 'abstract', 'document', 'file'), 'where the text opens without a '
+                             'heading: at a lower one, behind the abstract, at the document, at once',
                              'ours', redpajama=(), strict=('below',))
     appendix:bool = choice(True, 'an appendix is text', 'paper', redpajama=False)
     after_bibliography:bool = choice(True, 'what follows the bibliography is text', 'paper', redpajama=False)
@@ -193,13 +202,15 @@ class ArxivRules:
 # %% ../../nbs/7A_data.arxiv.ipynb #tokenise
 def _pattern(letters:str)->re.Pattern:
     return re.compile(rf'''
-        (?P<whole> \\verb\*? (?P<bar>[^\w\s*]) [^\n]{{0,500}}? (?P=bar) | \\(?:url|href|path)\{{[^{{}}\s]*\}} )
+        (?P<whole> \\verb\*? (?P<bar>[^\w\s*]) [^\n]{{0,500}}? (?P=bar)
+                 | \\(?:url|href|path)\{{[^{{}}\s]*\}} )
         | (?P<comment> %[^\n]* )
         | \\(?:[{letters}]+ | . | $)  |  [ \t\n]+  |  \#{{1,2}}[1-9] | \#\#  |  [^\W_]+  |  .''', re.X | re.S)
 
 _READING = {'\\makeatother': _pattern('A-Za-z'), '\\makeatletter': _pattern('A-Za-z@')}
 _VERBATIM = re.compile(r'\{((?:verbatim|lstlisting|comment)\*?|Verbatim|minted)\}')
 
+# %% ../../nbs/7A_data.arxiv.ipynb #tokens
 def tokenise(text:str,
              hidden:bool=True,          # comment environments are comments
             )->tuple[list[str], int]:   # (tokens, bytes of the comments)
@@ -230,7 +241,7 @@ def _after_comment(text:str, at:int, before:str)->int:
     "Where TeX reads on; `before` is the token before the comment"
     found = _LINE_END.match(text, at)
     if not found: return at
-    if before.isspace(): return found.end() if '\n' in before else at      # a line of its own, or a blank came
+    if before.isspace(): return found.end() if '\n' in before else at      # on its own line, or not
     empty_line = text[found.end():found.end() + 1] in ('', '\n')
     return at if empty_line else found.end()
 
@@ -251,6 +262,7 @@ class _Call:
     written:int                         # tokens that were out before
     left:int                            # expansions that it may still cause
 
+# %% ../../nbs/7A_data.arxiv.ipynb #state
 @dataclass
 class _Tex:
     "A run of TeX: what is to come, what is known, what was written"
@@ -287,12 +299,14 @@ class _Cursor:
         return token
 
     def space(self):
-        while self.peek().isspace(): self.next()
+        while self.peek().isspace():
+            self.next()
 
     def follows(self, tokens:tuple)->bool:
         "Whether these come next; then they are read"
         ahead = self.stack[max(self.at - len(tokens), 0):self.at][::-1]
-        fits = len(ahead) == len(tokens) and all(a == b or a.isspace() and b.isspace() for a, b in zip(ahead, tokens))
+        if len(ahead) < len(tokens): return False
+        fits = all(a == b or a.isspace() and b.isspace() for a, b in zip(ahead, tokens))
         if fits: self.at -= len(tokens)
         return fits
 
@@ -332,15 +346,18 @@ class _Cursor:
 
 # %% ../../nbs/7A_data.arxiv.ipynb #define
 _IF = re.compile(r'\\if(?!f$|thenelse$)\w*')
-_PROGRAM = re.compile(r'\\(if(?!f$)\w*|else|fi|or|loop|repeat|expandafter|csname|noexpand|futurelet|catcode|\w*@[\w@]*)')
-_STRUCTURE = {f'\\{name}' for name in (*_SECTIONS, *_BELOW, 'begin', 'end', 'appendix', 'documentclass', 'maketitle',
-                                       'documentstyle', 'bibliography', 'item', 'input', 'include')}
+_PROGRAM = re.compile(r'\\(if(?!f$)\w*|else|fi|or|loop|repeat|expandafter|csname|noexpand|futurelet|catcode|'
+                      r'\w*@[\w@]*)')
+_KEPT = ('begin', 'end', 'appendix', 'bibliography', 'documentclass', 'documentstyle', 'maketitle', 'item',
+         'input', 'include')
+_STRUCTURE = {f'\\{name}' for name in (*_SECTIONS, *_BELOW, *_KEPT)}
 
 def _name(cursor:_Cursor)->str:
     found = [t for t in cursor.argument() if not t.isspace()]
     if len(found) != 1 or found[0][0] != '\\' or len(found[0]) < 2: raise _Odd
     return found[0]
 
+# %% ../../nbs/7A_data.arxiv.ipynb #newcommand
 def _newcommand(cursor:_Cursor)->tuple[str, Macro]:
     cursor.follows(('*',))
     name, n, default = _name(cursor), cursor.optional(), cursor.optional()
@@ -362,6 +379,7 @@ def _def(cursor:_Cursor)->tuple[str, Macro]:
     body = tuple(cursor.before(('}',)))
     return name, Macro(body, tuple(map(tuple, delimiters)))
 
+# %% ../../nbs/7A_data.arxiv.ipynb #let
 def _let(cursor:_Cursor)->tuple[str, Macro]:
     name = _name(cursor)
     cursor.space()
@@ -381,6 +399,7 @@ _DEFINE = {'\\newcommand': _newcommand, '\\renewcommand': _newcommand, '\\provid
            **dict.fromkeys(('\\def', '\\gdef', '\\edef', '\\xdef'), _def)}
 _PREFIX = {'\\long', '\\global', '\\protected', '\\outer'}
 
+# %% ../../nbs/7A_data.arxiv.ipynb #define-one
 def _define(tex:_Tex, token:str)->bool:
     "A definition is remembered and leaves the text; a program stays"
     cursor, prefixes = _Cursor(tex), token
@@ -401,6 +420,7 @@ def _define(tex:_Tex, token:str)->bool:
     tex.definitions += n_bytes(raw) + _close_line(tex)
     return True
 
+# %% ../../nbs/7A_data.arxiv.ipynb #close-line
 def _close_line(tex:_Tex)->int: # bytes
     "Where a whole line was taken out, its end goes too"
     opens = not tex.out or tex.out[-1].isspace() and '\n' in tex.out[-1]
@@ -433,6 +453,7 @@ def _filled(macro:Macro, values:list[list])->list:
             raise _Odd
     return found
 
+# %% ../../nbs/7A_data.arxiv.ipynb #end-of-name
 _WORD = re.compile(r'\\[A-Za-z@]+')
 
 def _end_of_name(cursor:_Cursor):
@@ -440,9 +461,11 @@ def _end_of_name(cursor:_Cursor):
     if cursor.peek().isspace() and cursor.peek().count('\n') < 2: cursor.space()
     cursor.follows(('{', '}'))
 
+# %% ../../nbs/7A_data.arxiv.ipynb #expand-one
 def _expand(tex:_Tex, name:str)->bool:
     "Put the body of a macro in the place of its use"
     macro, cursor = tex.macros[name], _Cursor(tex)
+    if tex.work > tex.limit: return False
     try:
         body = _filled(macro, _arguments(cursor, macro))
         if len(macro.delimiters) == 1 and not _WORD.fullmatch(''.join(macro.body[-1:])): _end_of_name(cursor)
@@ -461,6 +484,7 @@ def _expand(tex:_Tex, name:str)->bool:
         tex.stack += reversed(body)
     return True
 
+# %% ../../nbs/7A_data.arxiv.ipynb #again-without
 def _again_without(tex:_Tex, name:str)->bool:
     "Too much: back to where the use began, and one macro less"
     first = tex.call.raw[0]
@@ -482,9 +506,11 @@ def _file_name(cursor:_Cursor)->str:
     cursor.space()
     if cursor.peek() == '{': return ''.join(cursor.argument())
     found = []
-    while not cursor.peek().isspace() and cursor.peek()[0] not in '\\{}\0': found.append(cursor.next())
+    while not cursor.peek().isspace() and cursor.peek()[0] not in '\\{}\0':
+        found.append(cursor.next())
     return ''.join(found)
 
+# %% ../../nbs/7A_data.arxiv.ipynb #input
 def _input(tex:_Tex, token:str)->bool:
     "The tokens of a file, if it is there and not open already"
     cursor = _Cursor(tex)
@@ -505,9 +531,11 @@ def _open(tex:_Tex, name:str):
     tex.call = None
 
 def _end_input(tex:_Tex, token:str)->bool:
-    while tex.stack and tex.stack[-1][0] != '\0': tex.stack.pop()
+    while tex.stack and tex.stack[-1][0] != '\0':
+        tex.stack.pop()
     return True
 
+# %% ../../nbs/7A_data.arxiv.ipynb #if-false
 def _if_false(tex:_Tex, token:str)->bool:
     "Skip to the `\\fi` that belongs to it, or to `\\else`"
     if not tex.rules.hidden: return False
@@ -528,7 +556,8 @@ def _xspace(tex:_Tex, token:str)->bool:
     return True
 
 # %% ../../nbs/7A_data.arxiv.ipynb #run
-_ACTS = {**dict.fromkeys((*_DEFINE, *_PREFIX), _define), **dict.fromkeys(('\\input', '\\include', '\\subfile'), _input),
+_ACTS = {**dict.fromkeys((*_DEFINE, *_PREFIX), _define),
+         **dict.fromkeys(('\\input', '\\include', '\\subfile'), _input),
          '\\endinput': _end_input, '\\iffalse': _if_false, '\\xspace': _xspace}
 
 def _run(tex:_Tex, name:str)->_Tex:
@@ -559,6 +588,7 @@ def _joined(tokens:list[str])->str:
         before, blank = token, ''
     return ''.join(parts)
 
+# %% ../../nbs/7A_data.arxiv.ipynb #expand-macros
 def expand_macros(text:str, rules:ArxivRules=ArxivRules())->str:
     "LaTeX without its author's macros and comments"
     tokens = tokenise(text)[0]
@@ -581,6 +611,7 @@ def _asked_for(tex:_Tex)->set[str]:
     tex.stack.clear()
     return found
 
+# %% ../../nbs/7A_data.arxiv.ipynb #main-files
 def _main_files(texts:dict[str, str], tex:_Tex)->list[str]:
     "Files that are papers, by name"
     mains = [name for name, text in texts.items() if not text.startswith('%auto-ignore')]
@@ -589,6 +620,7 @@ def _main_files(texts:dict[str, str], tex:_Tex)->list[str]:
     top = [name for name in typeset or mains if name not in asked_for]
     return sorted(top or typeset or mains)
 
+# %% ../../nbs/7A_data.arxiv.ipynb #run-all
 def _run_all(texts:dict[str, str], rules:ArxivRules)->tuple[list[_Tex], int]: # (.., bytes of comments)
     "Each paper of a submission, and all of them by its files"
     read = {name: tokenise(text, rules.hidden) for name, text in texts.items()}
@@ -607,12 +639,13 @@ def _place(tokens:list[str], *wanted:str, start:int=0)->int: # -1 if it is nowhe
         if tokens[i] == wanted[0] and tuple(tokens[i:i + len(wanted)]) == wanted: return i
     return -1
 
-def _block(which:str, name:str)->tuple[str, ...]: return (f'\\{which}', '{', *re.findall('[a-z]+|.', name, re.I), '}')
+def _block(which:str, name:str)->tuple[str, ...]: return (f'\\{which}', '{', name, '}')
 
 def _first(tokens:list[str], names:tuple, start:int)->int:
     wanted = {f'\\{name}' for name in names}
     return next((i for i in range(start, len(tokens)) if tokens[i] in wanted), -1)
 
+# %% ../../nbs/7A_data.arxiv.ipynb #opening
 def _opening(tokens:list[str], rules:ArxivRules)->int: # -1 if there is none
     "Where the text opens"
     document = _place(tokens, *_block('begin', 'document'))
@@ -644,6 +677,7 @@ def _bibliography_end(tokens:list[str], i:int)->int: # i if none begins here
         return i + 1
     return i + 1 + len(cursor.take())
 
+# %% ../../nbs/7A_data.arxiv.ipynb #without-bibliography
 def _without_bibliography(tokens:list[str], rules:ArxivRules)->tuple[list[str], list[str], list[str]]:
     "(text, bibliography, what follows and is not wanted)"
     text, cited, i = [], [], 0
@@ -676,6 +710,7 @@ def _files(doc:Document)->dict[str, str]:
         found[name], at = doc.text[at:at + length], at + length
     return found
 
+# %% ../../nbs/7A_data.arxiv.ipynb #by-tokens
 def _decide(rule:str, removed:str, **more)->Decision:
     return Decision(f'arxiv.{rule}', n_bytes(removed), example=removed.strip()[:80], **more)
 
@@ -685,18 +720,20 @@ def _by_tokens(texts:dict[str, str], rules:ArxivRules)->tuple[str, list[Decision
     used = {name for tex in runs for name in tex.read}
     unused = [name for name in sorted(texts) if name not in used]
     refused = sorted({name for tex in runs for name in tex.refused})
-    decisions = [Decision('arxiv.unused_files', sum(n_bytes(texts[n]) for n in unused), len(unused), '', ', '.join(unused)),
+    n_unused, limit = sum(n_bytes(texts[n]) for n in unused), max((tex.limit for tex in runs), default=0)
+    decisions = [Decision('arxiv.unused_files', n_unused, len(unused), '', ', '.join(unused)),
                  Decision('arxiv.comments', comments + sum(tex.hidden for tex in runs)),
                  Decision('arxiv.definitions', sum(tex.definitions for tex in runs)),
                  Decision('arxiv.macros', 0, sum(tex.expansions for tex in runs), '', ', '.join(refused)),
-                 Decision('arxiv.work', 0, max((tex.work for tex in runs), default=0), max((t.limit for t in runs), default=0))]
+                 Decision('arxiv.work', 0, max((tex.work for tex in runs), default=0), limit)]
     parts = [_split(tex.out, rules) for tex in runs]
     for name in dict.fromkeys(key for part in parts for key in part if key != 'text'):
         decisions.append(_decide(name, ''.join(''.join(part.get(name, ())) for part in parts)))
     return '\n\n'.join(filter(None, (_joined(part['text']).strip() for part in parts))), decisions
 
 # %% ../../nbs/7A_data.arxiv.ipynb #regex
-_PLAIN_MACROS = (r'\\newcommand\*?\{(\\[a-zA-Z0-9]+)\}\{(.{0,2000}?)\}$', r'\\def\s*(\\[a-zA-Z0-9]+)\s*\{(.{0,2000}?)\}$')
+_PLAIN_MACROS = (r'\\newcommand\*?\{(\\[a-zA-Z0-9]+)\}\{(.{0,2000}?)\}$',
+                 r'\\def\s*(\\[a-zA-Z0-9]+)\s*\{(.{0,2000}?)\}$')
 
 def _regex_file(text:str, macros:dict[str, str], rules:ArxivRules)->str:
     "One file, by substitutions"
@@ -705,8 +742,8 @@ def _regex_file(text:str, macros:dict[str, str], rules:ArxivRules)->str:
     text = text[heading.start():]
     text = re.sub(r'^%.*\n?', '', text, flags=re.M)
     text = re.sub(r'[^\\]%.+$', '', text, flags=re.M)
-    ends = [r'\\appendix']*(not rules.appendix)
-    if not rules.after_bibliography: ends += [r'\\bibliography\{', r'\\begin\{(?:references|REFERENCES|thebibliography)\}']
+    cited = [r'\\bibliography\{', r'\\begin\{(?:references|REFERENCES|thebibliography)\}']
+    ends = [r'\\appendix']*(not rules.appendix) + cited*(not rules.after_bibliography)
     for end in ends: text = re.split(end, text, maxsplit=1)[0]
     limit = rules.max_growth*len(text) + 10**5
     for name, value in macros.items():
@@ -714,6 +751,7 @@ def _regex_file(text:str, macros:dict[str, str], rules:ArxivRules)->str:
         text = re.sub(re.escape(name) + '([^a-zA-Z0-9])', lambda m: value + m[1], text)
     return text
 
+# %% ../../nbs/7A_data.arxiv.ipynb #by-regex
 def _by_regex(texts:dict[str, str], rules:ArxivRules)->tuple[str, list[Decision]]:
     "What RedPajama's cleaner makes of a submission: every file by itself, in the order of the tar"
     macros = {}
