@@ -222,7 +222,8 @@ def test_text_without_macros_stays(tmp_path):
 
 BOMBS = {'itself': r'\def\a{\a}\a', 'grows': r'\def\a{\a\a}\a', 'around': r'\def\a{\b x}\def\b{\a y}\a\b',
          'argument': r'\def\a#1{\a{#1#1}}\a{x}', 'halves': r'\def\a#1{#1#1}' + r'\a{'*80 + 'x' + '}'*80,
-         'laughs': ''.join(f'\\def\\a{chr(97 + i)}{{\\a{chr(98 + i)}\\a{chr(98 + i)}}}' for i in range(25)) + r'\aa',
+         'laughs': ''.join(f'\\def\\a{a}{{\\a{b}\\a{b}}}' for a, b in zip('abcdefghijklmnopqrstuvwxy',
+                                                                     'bcdefghijklmnopqrstuvwxyz')) + r'\aa',
          'large': r'\def\a{' + 'x '*5000 + '}' + r'\a,'*5000, 'eats': r'\def\a#1{\a}\a ' + 'x'*5000,
          'open': r'\def\a#1{#1}' + r'\a{'*20000, 'verbatim': r'\begin{verbatim}'*20000,
          'verb': r'\verb|'*20000 + 'x',
@@ -280,7 +281,8 @@ def test_unused_files_are_counted_and_mains_joined():
 
 def test_documents_in_are_documents_out_removed_or_reported(tmp_path):
     papers = [submission(main=PAPER + str(i)) for i in range(20)]
-    papers[3], papers[7], papers[9] = papers[3][:50], gzip.compress(b'%PDF'), gzip.compress('über'.encode('latin-1'))
+    papers[3], papers[7] = papers[3][:50], gzip.compress(b'%PDF')
+    papers[9] = gzip.compress('über'.encode('latin-1'))
     for name in PRESETS:
         stage = Stage('arxiv', partial(clean_arxiv, rules=preset(ArxivRules, name)))
         path = month_of(tmp_path, *papers)
