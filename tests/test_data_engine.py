@@ -87,7 +87,8 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(place, tmp_path):
 
 def test_no_worker_outlives_the_program(place):
     process, end = start(place, 'orphans', 2), time.monotonic() + 100
-    while len([*(place/'orphans').rglob('*.zst')]) < 1 and time.monotonic() < end: time.sleep(.01)
+    while len([*(place/'orphans').rglob('*.zst')]) < 1 and time.monotonic() < end:
+        time.sleep(.01)
     children = [int(p) for p in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
     process.kill()                                           # it alone, not its group
     process.wait()
@@ -95,7 +96,8 @@ def test_no_worker_outlives_the_program(place):
         stat = Path(f'/proc/{pid}/stat')
         return stat.exists() and stat.read_text().split()[2] != 'Z'
     end = time.monotonic() + 20
-    while any(map(running, children)) and time.monotonic() < end: time.sleep(.05)
+    while any(map(running, children)) and time.monotonic() < end:
+        time.sleep(.05)
     assert len(children) >= 2 and not any(map(running, children))
 
 def test_another_jobs_folder_is_refused_and_can_be_redone(place, tmp_path):

@@ -46,7 +46,8 @@ def test_sentences_do_not_touch(model):
 
 def test_training_stops_at_the_limit():
     def endless():
-        while True: yield ['a', 'b', 'c']
+        while True:
+            yield ['a', 'b', 'c']
     assert train_ngrams(endless(), NgramRules(max_tokens=1000)).vocab.keys() >= {'a', 'b', 'c'}
 
 def test_nothing_to_learn_from():

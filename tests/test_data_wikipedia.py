@@ -19,10 +19,11 @@ def read(data, **options):
     docs = [*read_wikipedia(stream, lambda place, why: told.append(f'{place} {why}'), **options)]
     return [d.text for d in docs], told
 
-def clean(text, language='en', rules=WikipediaRules()):
-    return clean_wikipedia(Document(text, 'x', language=language), rules)
+def clean(text, language='en', rules=None):
+    return clean_wikipedia(Document(text, 'x', language=language), rules or WikipediaRules())
 
-SOME = 'plain', 'tabs\tand\nlines', '<b>&amp; "quotes"</b>', 'עברית مرحبا', 'e\u0301a\u030a', '🦙'*9, '</page><page>', ''
+SOME = 'plain', 'tabs\tand\nlines', \
+    '<b>&amp; "quotes"</b>', 'עברית مرحبا', 'e\u0301a\u030a', '🦙'*9, '</page><page>', ''
 
 # --- the reader ---------------------------------------------------------------------------------
 
@@ -76,9 +77,10 @@ def test_damaged_bz2_gives_the_pages_before_it(tmp_path):
 
 def test_entities_are_never_expanded():
     "Billion laughs in the head, quadratic blow-up, and an external file"
-    levels = ''.join(f'<!ENTITY a{i} "{"&a%d;" % (i - 1)*10}">' for i in range(1, 10))
+    levels = ''.join(f'<!ENTITY a{i} "{f"&a{i - 1};"*10}">' for i in range(1, 10))
     head = f'<!DOCTYPE x [<!ENTITY a0 "ha">{levels}<!ENTITY f SYSTEM "file:///etc/passwd">]>'.encode()
-    data = head + dump('fine', 'LAUGH', 'FILE', 'fine too').replace(b'LAUGH', b'&a9;').replace(b'FILE', b'&f;')
+    pages = dump('fine', 'LAUGH', 'FILE', 'fine too')
+    data = head + pages.replace(b'LAUGH', b'&a9;').replace(b'FILE', b'&f;')
     start = time.perf_counter()
     texts, told = read(data)
     assert texts == ['fine', 'fine too'] and len(told) == 2
@@ -92,7 +94,8 @@ class Endless:
         yield before
         for _ in range(times): yield filler
         yield after
-        while True: yield b''
+        while True:
+            yield b''
 
     def read(self, n=-1): return next(self.parts)
 
@@ -100,7 +103,8 @@ class Endless:
 
     def __exit__(self, *error): pass
 
-@pytest.mark.parametrize('filler', [b'x'*2**20, b'<a>'*2**18, b'&lt;'*2**18], ids=['line', 'elements', 'entities'])
+@pytest.mark.parametrize('filler', [b'x'*2**20, b'<a>'*2**18, b'&lt;'*2**18],
+                         ids=['line', 'elements', 'entities'])
 def test_a_page_of_100_megabytes_is_passed_over_in_little_memory(filler):
     whole = dump('before', 'LONG', 'after')
     before, after = whole.split(b'LONG')
@@ -135,10 +139,14 @@ def test_the_last_revision_counts():
 
 # --- the cleaner --------------------------------------------------------------------------------
 
-TOKENS = ['{{', '}}', '[[', ']]', '{|', '|}', '<ref>', '</ref>', '<b>', '</b>', '<div a="', '"', '>', '|', '=',
-          'a', 'ж', '\n', "''", "'''", '*', '#', ':', ';', '!', '[http://a ', ']', '<!--', '-->', '{{{', '}}}',
-          '== ', '&amp;', '<nowiki>', '</nowiki>', '<math>', '|-\n', '-{', '}-', '----\n', ' ', '<', '(', 'é',
-          '\0', '\ud83d', '\ufdd0', '[[File:', '[[Category:', '__TOC__', '<br>', '<li>', '<table>', '</table>']
+TOKENS = ['{{', '}}', '[[', ']]', '{|', '|}', '<ref>', '</ref>', '<b>', '</b>', '<div a="', '"',
+          '>', '|', '=',
+          'a', 'ж', '\n', "''", "'''", '*', '#', ':', ';', '!', '[http://a ', ']', '<!--', '-->',
+          '{{{', '}}}',
+          '== ', '&amp;', '<nowiki>', '</nowiki>', '<math>', '|-\n', '-{', '}-', '----\n', ' ',
+          '<', '(', 'é',
+          '\0', '\ud83d', '\ufdd0', '[[File:', '[[Category:', '__TOC__', '<br>', '<li>', '<table>',
+          '</table>']
 
 def soups(n):
     rng = random.Random(2)
@@ -150,7 +158,8 @@ def test_any_soup_of_marks_is_cleaned_or_removed_and_accounted_for():
     for text in soups(300):
         before = Document(text, 'x', language='en')
         after, decisions = clean_wikipedia(before)
-        assert before.text == text and all(d.removed >= 0 for d in decisions if d.rule != 'wikipedia.leftovers')
+        assert before.text == text
+        assert all(d.removed >= 0 for d in decisions if d.rule != 'wikipedia.leftovers')
         if after is None:
             assert decisions[-1].removed == n_bytes(text)
             continue
@@ -167,7 +176,8 @@ def test_documents_in_are_documents_out_and_removed():
     assert not stage.tally.problems
 
 @pytest.mark.parametrize('text', [
-    '{{a|b='*50_000, '[[a|'*50_000, '{{a|'*20_000 + '}}'*20_000, '{|\n'*50_000, '<div a="'*50_000, '<b>'*50_000,
+    '{{a|b='*50_000, '[[a|'*50_000, '{{a|'*20_000 + '}}'*20_000, '{|\n'*50_000, '<div a="'*50_000,
+    '<b>'*50_000,
     '<!--'*50_000, '[http://a '*50_000, '{{[[<b>{|\n'*20_000, '{{[['*20_000 + '}}]]'*20_000, '<ref>[['*30_000,
     '\n'*300_000, ' '*10**6, '('*300_000, '( '*300_000, "'"*300_000, '='*300_000, '__A'*100_000, '-{'*100_000,
     '*'*5_000, '|'*300_000, '!a\n'*100_000, '[['*9 + 'a'*10**6], ids=lambda text: repr(text[:12]))
@@ -176,8 +186,10 @@ def test_time_is_bounded(text):
     clean(text)
     assert time.perf_counter() - start < 10
 
-@pytest.mark.parametrize('text', ['Plain prose, with 3 < 4 and a > b.', 'f() and g(x); a[0] = {1}', 'שלום (עולם)',
-                                  'e\u0301 a\u030a', 'One.\n\nTwo.', 'a | b', "rock 'n' roll, it's", 'x = 1', 'λ → ∞ 🦙'])
+@pytest.mark.parametrize('text', ['Plain prose, with 3 < 4 and a > b.', 'f() and g(x); a[0] = {1}',
+                                  'שלום (עולם)',
+                                  'e\u0301 a\u030a', 'One.\n\nTwo.', 'a | b', "rock 'n' roll, it's",
+                                  'x = 1', 'λ → ∞ 🦙'])
 def test_prose_without_marks_is_left_alone(text): assert clean(text)[0].text == text
 
 def test_cleaning_is_idempotent_on_what_it_made():
@@ -192,8 +204,10 @@ def test_agrees_with_the_parsers_own_stripping_where_that_is_right():
     def some(depth):
         if not depth: return rng.choice(['one', 'two', 'three'])
         inner = some(depth - 1)
-        return rng.choice([f'[[x|{inner}]]', f"''{inner}''", f'{inner} <!-- {inner} -->', f'{inner} {{{{t|{inner}}}}}',
-                           f'<small>{inner}</small>', f'{inner} {some(depth - 1)}', f'[http://a.org {inner}]'])
+        return rng.choice([f'[[x|{inner}]]', f"''{inner}''", f'{inner} <!-- {inner} -->',
+                           f'{inner} {{{{t|{inner}}}}}',
+                           f'<small>{inner}</small>', f'{inner} {some(depth - 1)}',
+                           f'[http://a.org {inner}]'])
     rules = preset(WikipediaRules, 'redpajama')
     for _ in range(300):
         text = some(5)
