@@ -347,6 +347,7 @@ def test_parameters_carry_the_comments_that_fastcore_reads():
         for symbol in module.symbols:
             thing = getattr(loaded, symbol.name)
             if not inspect.isfunction(thing) and not inspect.isclass(thing): continue     # not fastcore's
+            if inspect.isclass(thing) and issubclass(thing, tuple): continue              # it reads no fields
             theirs = docments(thing, args_kwargs=True)
             for name, _, _, note in symbol.rows:
                 expected = theirs.get('return' if name == 'returns' else name.lstrip('*')) or ''
