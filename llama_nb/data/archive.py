@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import BinaryIO
 from ..core import UserError
-from .documents import MAX_GROWTH, MAX_LINE, Document, Report, _open_raw, open_stream, refuse
+from .documents import MAX_GROWTH, MAX_LINE, Document, Report, open_raw, open_stream, refuse
 
 # %% ../../nbs/75_data.archive.ipynb #gzip-pieces
 MAX_RECORD = MAX_LINE                       # bytes; CommonCrawl cuts a page off at 2**20
@@ -266,7 +266,7 @@ def read_warc(path, # a WARC or WET file, compressed or not, its address, or an 
 
 def _open(path, name:str):
     if hasattr(path, 'read'): return nullcontext(path)
-    return open_stream(path) if name.endswith(('.bz2', '.xz', '.zst')) else _open_raw(name)
+    return open_stream(path) if name.endswith(('.bz2', '.xz', '.zst')) else open_raw(name)
 
 # %% ../../nbs/75_data.archive.ipynb #html-text
 _HIDDEN = '''head script style noscript template svg math iframe object canvas audio video select

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import BinaryIO
 from ..core import UserError
-from .documents import Document, Report, _Decompressed, open_stream, refuse
+from .documents import Document, Report, Decompressed, open_stream, refuse
 from .stage import Decision, choice, n_bytes
 
 # %% ../../nbs/7B_data.arxiv.ipynb #tar-body
@@ -134,7 +134,7 @@ _SUBMISSION = re.compile(r'((?:[a-z-]+(?:\.[A-Z]{2})?)?)(\d{4}\.?\d{3,5}(?:v\d+)
 def _unpacked(body:io.RawIOBase, place:str)->BinaryIO:
     stream = io.BufferedReader(body, 2**16)
     if stream.peek(2)[:2] != b'\x1f\x8b': return stream
-    return io.BufferedReader(_Decompressed(gzip.open(stream), stream, place), 2**16)
+    return io.BufferedReader(Decompressed(gzip.open(stream), stream, place), 2**16)
 
 def _paper(name:str, stream:BinaryIO, place:str)->Document:
     "A submission as a document; `name` is that of its file"
