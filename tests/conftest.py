@@ -29,7 +29,7 @@ def start():
 @pytest.fixture(scope='session')
 def wait_for():
     "Wait until `true()` is true, at most a minute"
-    def wait(true, process, seconds=60):
+    def wait(true, process, seconds=180):
         end = time.monotonic() + seconds
         while not true():
             assert process.poll() is None, process.stderr.read()
