@@ -28,7 +28,7 @@ def start():
 
 @pytest.fixture(scope='session')
 def wait_for():
-    "Wait until `true()` is true, at most a minute"
+    "Wait until `true()` is true, at most three minutes"
     def wait(true, process, seconds=180):
         end = time.monotonic() + seconds
         while not true():
