@@ -1,5 +1,5 @@
 "Dumps that are damaged, hostile or strange, and answers far from their questions."
-import io, json, random, subprocess, sys, tracemalloc
+import io, json, os, random, subprocess, sys, tracemalloc
 import xml.etree.ElementTree as ET
 from xml.sax.saxutils import quoteattr
 import pytest
