@@ -37,7 +37,8 @@ def numbered(folder, n, first=0, per_shard=1000):
 def sized(sizes, counts, block=200, new_cuts=True):
     "A loader of sources of which only the sizes are known; no text of 1.4T tokens is at hand"
     parts = [Source(name, SimpleNamespace(n_tokens=n), 1, c) for (name, n), c in zip(sizes.items(), counts)]
-    mixture = SimpleNamespace(sources=parts, rules=MixtureRules(block, new_cuts), folder='sized')
+    mixture = SimpleNamespace(sources=parts, rules=MixtureRules(block, new_cuts), folder='sized',
+                              n_tokens=sum(sizes.values()))
     return lambda t, b, seed=0: MixtureLoader(mixture, t, b, seed)
 
 PERCENTS = [row[0] for row in TABLE_1.values()]

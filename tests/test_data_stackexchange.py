@@ -5,7 +5,7 @@ from xml.sax.saxutils import quoteattr
 import pytest
 from conftest import ENV
 from llama_nb.core import UserError
-from llama_nb.data import stackexchange as se
+from llama_nb.data import documents, stackexchange as se
 from llama_nb.data.documents import Document
 from llama_nb.data.stackexchange import (StackexchangeRules, best_first, block_text, clean_stackexchange,
                                          read_rows, read_stackexchange, redpajama_text, site_of)
@@ -160,7 +160,7 @@ def test_7z(tmp_path):
 def test_7z_bomb(tmp_path, monkeypatch):
     py7zr = pytest.importorskip('py7zr')
     with py7zr.SevenZipFile(tmp_path/'b.7z', 'w') as archive: archive.writestr(b' '*5_000_000, 'Posts.xml')
-    monkeypatch.setattr(se, 'MAX_GROWTH', 20)
+    for module in (documents, se): monkeypatch.setattr(module, 'MAX_GROWTH', 20)
     docs, tally = read(tmp_path/'b.7z')
     assert not docs and '20-fold' in tally.problems[0]
 

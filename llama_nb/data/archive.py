@@ -9,11 +9,11 @@ __all__ = ['MAX_RECORD', 'Pieces', 'ToText', 'MAX_NESTING', 'decode_html', 'read
 import io, re, zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr
-from importlib import import_module
 from pathlib import PurePath
 from typing import BinaryIO
 from ..core import UserError
-from .documents import MAX_GROWTH, MAX_LINE, Document, Report, open_raw, open_stream, refuse
+from .documents import (MAX_GROWTH, MAX_LINE, Document, Report, extra_module, growth_limit,
+                                     open_raw, open_stream, refuse)
 
 # %% ../../nbs/75_data.archive.ipynb #gzip-pieces
 MAX_RECORD = MAX_LINE                       # bytes; CommonCrawl cuts a page off at 2**20
@@ -59,7 +59,7 @@ class _Member:
             piece = unpack.decompress(data, _PIECE)
             taken += len(data) - len(unpack.unconsumed_tail)
             given += len(piece)
-            if given > MAX_GROWTH*max(taken, _PIECE): raise zlib.error(f'grows more than {MAX_GROWTH}-fold')
+            if given > growth_limit(taken): raise zlib.error(f'grows more than {MAX_GROWTH}-fold')
             if piece: yield piece
             data = unpack.unconsumed_tail
         self.rest = unpack.unused_data
@@ -171,13 +171,7 @@ def _all_pieces(stream:BinaryIO, name:str)->Pieces:
         yield str(e)
 
 # %% ../../nbs/75_data.archive.ipynb #payload
-def _needs(module:str): # the module
-    "A module of the `data` extra. Raises `UserError`"
-    try:
-        return import_module(module)
-    except ImportError:
-        name = module.partition('.')[0]
-        raise UserError(f"web archives need the {name} package: pip install 'llama_nb[data]'") from None
+def _needs(module:str): return extra_module(module, 'web archives need') # the module
 
 _FOREIGN = 'br', 'zstd', 'compress', 'x-gzip'               # `warcio` would give them as they are
 

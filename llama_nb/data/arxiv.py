@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import BinaryIO
 from ..core import UserError
-from .documents import Document, Report, Decompressed, open_stream, refuse
+from .documents import Document, Report, Decompressed, open_stream, refuse, reporting
 from .stage import Decision, choice, n_bytes
 
 # %% ../../nbs/7B_data.arxiv.ipynb #tar-body
@@ -164,15 +164,11 @@ def read_arxiv(path,                    # a tar of submissions, or one submissio
               )->Iterator[Document]:    # one per submission; without text if it has no TeX
     "Submissions to arXiv, in the order of the tar. What cannot be read is reported"
     place, name = str(path), PurePosixPath(str(path)).name
-    try:
-        with open_stream(path) as stream:
-            if _SUBMISSION.fullmatch(name):
-                yield _paper(name, stream, place)
-            else:
-                yield from _month(stream, place, report)
-    except UserError as e:
-        if report is refuse: raise
-        report(place, f'was not read to its end: {e}')
+    with reporting(place, report), open_stream(path) as stream:
+        if _SUBMISSION.fullmatch(name):
+            yield _paper(name, stream, place)
+        else:
+            yield from _month(stream, place, report)
 
 # %% ../../nbs/7B_data.arxiv.ipynb #rules
 _SECTIONS = 'part', 'chapter', 'section'

@@ -17,8 +17,8 @@ from typing import BinaryIO
 import numpy as np
 from ..core import UserError
 from .dedup import (MEMORY, band_keys, candidate_pairs, jaccard, minhash, n_common, sampled,
-                                 shingles)
-from .documents import MAX_LINE, Document, Report, open_stream, refuse
+                                 shingles, text_key)
+from .documents import MAX_LINE, Document, Report, files_under, open_stream, refuse, reporting
 from .stage import Decision, choice, judge, n_bytes
 
 # %% ../../nbs/7A_data.books.ipynb #rules
@@ -103,17 +103,11 @@ def read_books(path,            # a .txt file, compressed or not; a folder with 
         yield from _book(path, 'the stream', 'book', report)
         return
     path = Path(path)
-    root = path if path.is_dir() else path.parent
-    files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in files if '.txt' in p.suffixes[-2:]]
+    files = files_under(path, lambda p: '.txt' in p.suffixes[-2:])
     if not files: raise UserError(f'{path} has no books: no .txt files')
-    for p in files:
-        try:
-            with open_stream(p) as stream:
-                yield from _book(stream, str(p), p.relative_to(root).as_posix(), report)
-        except UserError as e:
-            if report is refuse: raise
-            report(str(p), f'was not read: {e}')
+    for p, name in files:
+        with reporting(str(p), report, 'was not read'), open_stream(p) as stream:
+            yield from _book(stream, str(p), name, report)
 
 # %% ../../nbs/7A_data.books.ipynb #markers
 _HEAD = re.compile(r'\s*\*{2,}\s*START OF TH(?:E|IS) PROJECT GUTENBERG'
@@ -219,8 +213,7 @@ class _Store:
         np.save(self._path(name), found)
 
     def _path(self, name:str)->Path:
-        digest = hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=16)
-        return self.folder/f'{digest.hexdigest()}.npy'
+        return self.folder/f'{text_key(name).hex()}.npy'
 
     def _load(self, name:str)->np.ndarray:
         return np.load(self._path(name)) if self.folder else self.held[name]

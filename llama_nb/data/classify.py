@@ -14,8 +14,8 @@ from pathlib import Path
 from ..core import UserError
 from ..files import replacing
 from .dedup import first_seen, text_key
-from .documents import Document
-from .stage import Decision, choice, judge, n_bytes
+from .documents import Document, extra_module
+from .stage import Decision, choice, judge
 
 # %% ../../nbs/74_data.classify.ipynb #rules
 @dataclass(frozen=True)
@@ -43,12 +43,7 @@ def one_line(text:str,
     return ' '.join(w for w in words if w and w != '</s>' and not w.startswith('__label__'))
 
 # %% ../../nbs/74_data.classify.ipynb #train
-def _fasttext(): # the module
-    try:
-        import fasttext
-    except ImportError:
-        raise UserError("classifying text needs the fasttext package: pip install 'llama_nb[data]'") from None
-    return fasttext
+def _fasttext(): return extra_module('fasttext', 'classifying text needs') # the module
 
 _FRESH = 2**25                  # bytes; above that, memory comes from the system, and is zero
 
@@ -159,8 +154,7 @@ def clean_language(doc:Document, classifier:TextClassifier,
     score = round(score, rules.decimals)
     wanted = language in rules.languages
     decisions = [judge(doc, 'language.score', score, rules.min_score, score >= rules.min_score),
-                 Decision('language.other', 0 if wanted else n_bytes(doc.text), language,
-                          ' '.join(rules.languages), '' if wanted else doc.text[:80])]
+                 judge(doc, 'language.other', language, ' '.join(rules.languages), wanted)]
     noted = replace(doc, language=language, metadata={**doc.metadata, 'language_score': score})
     return (None if any(d.removed for d in decisions) else noted), decisions
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from .dedup import IsFirst, first_seen, text_key
 from .documents import Document
+from .ngram import without_accents
 from .stage import Decision, choice, judge, n_bytes
 
 # %% ../../nbs/76_data.commoncrawl.ipynb #rules
@@ -40,8 +41,7 @@ def _removed(punctuation:bool)->dict: # for `str.translate`
 def normal_line(line:str, rules:CCNetRules=CCNetRules())->str:
     "What has to be equal for two lines to be the same"
     line = re.sub(r'\d', '0', line.strip().lower())
-    if not rules.accents:
-        line = ''.join(c for c in unicodedata.normalize('NFD', line) if unicodedata.category(c) != 'Mn')
+    if not rules.accents: line = without_accents(line)
     return line.translate(_removed(rules.punctuation))
 
 def line_keys(doc:Document,

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np
 from ..core import UserError
+from .documents import extra_module
+from .loader import mix64
 from ..files import publish_folder, replacing
 
 # %% ../../nbs/72_data.dedup.ipynb #first-in-memory
@@ -184,34 +186,20 @@ def merge_pairs(folder,
     _write_first(groups, Path(folder)/f'first-{partition:05}-of-{partitions:05}')
 
 # %% ../../nbs/72_data.dedup.ipynb #shingles
-def _mix(x:np.ndarray)->np.ndarray: # uint64
-    "A permutation of the 64-bit numbers that looks random (the finaliser of splitmix64)"
-    x = (x ^ (x >> np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9)
-    x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94d049bb133111eb)
-    return x ^ (x >> np.uint64(31))
-
-def _xxhash(): # a function of bytes
-    "Raises `UserError` if xxhash is missing"
-    try:
-        from xxhash import xxh3_64_intdigest
-    except ImportError:
-        raise UserError("near-duplicates need the xxhash package: pip install 'llama_nb[data]'") from None
-    return xxh3_64_intdigest
-
 _WORD = re.compile(r'\w+')
 
 def shingles(text:str,
              n:int=5, # words per shingle
             )->np.ndarray: # uint64, sorted, each once; empty for a text without words
     "Hashes of all runs of `n` words. Raises `UserError` if xxhash is missing"
-    digest = _xxhash()
+    digest = extra_module('xxhash', 'near-duplicates need').xxh3_64_intdigest
     words = _WORD.findall(unicodedata.normalize('NFC', text.lower()))
     known = {word: digest(word.encode()) for word in set(words)}
     hashes = np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
     n = min(n, len(words))                              # a short text is one shingle
     size = len(words) - n + 1 if words else 0
     runs = np.full(size, n, np.uint64)
-    for i in range(n): runs = _mix(runs + hashes[i:i + size])
+    for i in range(n): runs = mix64(runs + hashes[i:i + size])
     return np.unique(runs)
 
 # %% ../../nbs/72_data.dedup.ipynb #containment
@@ -238,7 +226,7 @@ def minhash(found:np.ndarray,   # shingles, uint64, at least one
            )->np.ndarray: # (size,) uint64
     "The smallest value of each hash function over a set. Raises `UserError` for an empty one"
     if not len(found): raise UserError('a set without elements has no smallest one')
-    constants = _mix(np.arange(1, 2*size + 1, dtype=np.uint64) + np.uint64(seed << 32))
+    constants = mix64(np.arange(1, 2*size + 1, dtype=np.uint64) + np.uint64(seed << 32))
     factors, offsets = constants[:size] | np.uint64(1), constants[size:]
     signature, row = np.empty(size, np.uint64), np.empty(len(found), np.uint64)
     for i, (factor, offset) in enumerate(zip(factors, offsets)):

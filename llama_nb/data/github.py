@@ -17,7 +17,7 @@ from importlib import metadata
 from itertools import groupby
 from pathlib import Path, PurePath, PurePosixPath
 from ..core import UserError
-from .documents import MAX_GROWTH, Document, Report, open_stream, refuse
+from .documents import MAX_GROWTH, Document, Report, growth_limit, open_stream, refuse, reporting
 from .dedup import IsFirst, first_seen, text_key
 from .stage import Decision, Stage, choice, judge, n_bytes
 
@@ -114,8 +114,7 @@ def clean_licence(doc:Document, rules:GithubRules=GithubRules())->tuple[Document
     "Keep a document whose project stands under an allowed licence"
     fine = is_allowed(doc.licence, rules.licences)
     said = doc.licence or 'none'
-    return doc if fine else None, [Decision('github.licence', 0 if fine else n_bytes(doc.text), said,
-                                            ' '.join(rules.licences), '' if fine else doc.text[:80])]
+    return doc if fine else None, [judge(doc, 'github.licence', said, ' '.join(rules.licences), fine)]
 
 # %% ../../nbs/78_data.github.ipynb #measures
 def measures(doc:Document, rules:GithubRules)->list[Decision]:
@@ -267,7 +266,7 @@ def _tar(path:str)->Iterator[_Entry]:
 # %% ../../nbs/78_data.github.ipynb #zip
 def _zip(path:str)->Iterator[_Entry]:
     with open_stream(path) as stream, zipfile.ZipFile(stream) as archive:
-        left = MAX_GROWTH*max(stream.seek(0, io.SEEK_END), 2**16)
+        left = growth_limit(stream.seek(0, io.SEEK_END))
         def read(info, limit):
             nonlocal left
             with archive.open(info) as f: data = f.read(limit)
@@ -381,14 +380,11 @@ def read_project(path, # a folder, or a tar or zip archive
                 )->Iterator[Document]:
     "The code of a project, each file a document. What cannot be read is reported"
     path = str(path)
-    try:
+    with reporting(path, report):
         licence = licence or project_licence(path)
         for entry in _entries(path):
             doc = _code(entry, PurePath(path).name, licence, endings, report)
             if doc is not None: yield doc
-    except UserError as e:
-        if report is refuse: raise
-        report(path, f'was not read to its end: {e}')
 
 # %% ../../nbs/78_data.github.ipynb #installed
 def read_installed(report:Report=refuse,
@@ -409,8 +405,7 @@ def read_installed(report:Report=refuse,
 def clean_copies(doc:Document, is_first:IsFirst)->tuple[Document|None, list[Decision]]:
     "Keep a text only in the first of its places"
     fine = is_first(text_key(doc.text), doc.id)
-    return doc if fine else None, [Decision('github.copy', 0 if fine else n_bytes(doc.text),
-                                            example='' if fine else doc.text[:80])]
+    return doc if fine else None, [judge(doc, 'github.copy', '', '', fine)]
 
 def github_stages(read:Callable[[], Iterable[Document]], # gives the documents, and gives them again
                   rules:GithubRules=GithubRules(),

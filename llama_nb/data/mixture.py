@@ -17,7 +17,7 @@ import numpy as np
 import tomli_w
 from ..config import read_toml
 from ..core import UserError, choose
-from .loader import Loader, Span, permute
+from .loader import Loader, Span, check_length, permute
 from .shards import TokenShards, token_dtype
 from .stage import choice
 from ..files import bytes_digest, write_atomic
@@ -212,13 +212,10 @@ class MixtureLoader(Loader):
                  seq_len:int,    # t
                  batch_size:int, # b, sequences in a batch over all ranks
                  seed:int=0):
-        self.shards, self.seq_len, self.batch_size = mixture, seq_len, batch_size
-        self.seed = int(seed)
-        self.counts = np.array([s.per_block for s in mixture.sources])
         for s in mixture.sources:
-            if s.shards.n_tokens > seq_len: continue
-            raise UserError(f'the source {s.name!r} of {mixture.folder} has {s.shards.n_tokens} tokens, '
-                            f'one sequence needs {seq_len + 1}; add text or lower data.seq_len')
+            check_length(f'the source {s.name!r} of {mixture.folder}', s.shards.n_tokens, seq_len)
+        super().__init__(mixture, seq_len, batch_size, seed)
+        self.counts = np.array([s.per_block for s in mixture.sources])
 
     def locate(self, i:np.ndarray, # (m,) sequences of the run
               )->tuple[np.ndarray, np.ndarray, np.ndarray]: # (m,) source, epoch, first token

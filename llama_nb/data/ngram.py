@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'UNK', 'BOS', 'EOS', 'Vocabulary', 'NO_UNKNOWN', 'Tokenise', 'NgramRules', 'encode_corpus', 'Level',
            'count_levels', 'adjusted_counts', 'estimate_discounts', 'interpolate', 'train_ngrams', 'NgramModel',
-           'write_arpa', 'read_arpa', 'KenlmModel', 'load_ngrams', 'normalise', 'sentences_of', 'perplexity',
-           'PerplexityRules', 'fit_cutoffs', 'clean_perplexity']
+           'write_arpa', 'read_arpa', 'KenlmModel', 'load_ngrams', 'without_accents', 'normalise', 'sentences_of',
+           'perplexity', 'PerplexityRules', 'fit_cutoffs', 'clean_perplexity']
 
 # %% ../../nbs/73_data.ngram.ipynb #imports
 import math, re, unicodedata
@@ -18,7 +18,7 @@ import numpy as np
 from ..core import UserError
 from ..files import replacing
 from .documents import Document, open_stream, stream_lines
-from .stage import Decision, choice, n_bytes
+from .stage import Decision, choice, judge
 
 # %% ../../nbs/73_data.ngram.ipynb #rules
 @dataclass(frozen=True)
@@ -302,10 +302,14 @@ _PUNCTUATION = {'"': '„”“«»」「《》', "'": '´’', ',': '，、', '
 _TABLE = str.maketrans({c: plain for plain, chars in _PUNCTUATION.items() for c in chars})
 _CONTROL = re.compile('[\x00-\x1f\x7f-\x9f]')
 
+def without_accents(text:str)->str:
+    "Characters taken apart, and their accents left out"
+    return ''.join(c for c in unicodedata.normalize('NFD', text) if unicodedata.category(c) != 'Mn')
+
 def normalise(text:str)->str:
     "The text as cc_net's language models read it; line breaks are control characters and vanish"
     text = text.encode('utf-8', 'replace').decode('utf-8').strip().lower()
-    text = ''.join(c for c in unicodedata.normalize('NFD', text) if unicodedata.category(c) != 'Mn')
+    text = without_accents(text)
     return _CONTROL.sub('', re.sub(r'\d', '0', text).translate(_TABLE))
 
 # %% ../../nbs/73_data.ngram.ipynb #perplexity
@@ -351,7 +355,6 @@ def clean_perplexity(doc:Document, model:NgramModel|KenlmModel, tokenise:Tokenis
     bucket = 'head' if value < rules.head else 'middle' if value < rules.tail else 'tail'
     fine = bucket in rules.keep
     limit = rules.tail if 'middle' in rules.keep else rules.head
-    decision = Decision('perplexity.' + bucket, 0 if fine else n_bytes(doc.text), value, limit,
-                        '' if fine else doc.text[:80])
+    decision = judge(doc, 'perplexity.' + bucket, value, limit, fine)
     noted = {**doc.metadata, 'perplexity': round(value, 1), 'bucket': bucket}
     return replace(doc, metadata=noted) if fine else None, [decision]

@@ -17,7 +17,8 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import BinaryIO
 from ..core import UserError
-from .documents import MAX_GROWTH, Document, Report, open_stream, refuse, stream_lines
+from .documents import (MAX_GROWTH, Document, Report, extra_module, growth_limit, open_stream,
+                                     refuse, reporting, stream_lines)
 from .stage import Decision, choice, n_bytes
 
 # %% ../../nbs/7C_data.stackexchange.ipynb #rows
@@ -69,13 +70,9 @@ class _Unpacked:
 # %% ../../nbs/7C_data.stackexchange.ipynb #seven-zip
 def _from_7z(path:str)->BinaryIO: # a temporary file
     "The Posts.xml in a .7z archive. Raises `UserError`"
-    try:
-        import py7zr
-    except ImportError:
-        raise UserError("files that end in .7z need the py7zr package: pip install "
-                        "'llama_nb[data]'") from None
+    py7zr = extra_module('py7zr', 'files that end in .7z need')
     with open_stream(path) as stream:
-        out = _Unpacked(MAX_GROWTH*max(stream.seek(0, 2), 2**16))
+        out = _Unpacked(growth_limit(stream.seek(0, 2)))
         stream.seek(0)
         try:
             with py7zr.SevenZipFile(stream) as archive:
@@ -176,11 +173,8 @@ def read_stackexchange(path,              # a Posts.xml, also compressed, or a .
     "One document per question, its posts as lines of JSON. What cannot be read is reported"
     place, site = str(path), site or site_of(path)
     def rows():
-        try:
-            with open_posts(path) as stream: yield from read_rows(stream, place, report)
-        except UserError as e:
-            if report is refuse: raise
-            report(place, f'was not read to its end: {e}')
+        with reporting(place, report), open_posts(path) as stream:
+            yield from read_rows(stream, place, report)
     for number, lines in _grouped(sorted_posts(rows(), place, report), place, report):
         licence = _licence([json.loads(line) for line in lines])
         yield Document('\n'.join(lines), f'{site}/questions/{number}', site,

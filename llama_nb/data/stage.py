@@ -56,8 +56,8 @@ def n_bytes(text:str)->int:
 
 def judge(doc:Document,
           rule:str,
-          value:float,                  # what was measured
-          limit:float,                  # `low <= value`, or `value <= high`
+          value:float|str,              # what was measured
+          limit:float|str,              # `low <= value`, or `value <= high`
           fine:bool,                    # whether the document may stay
          )->Decision:
     "The decision of a rule that keeps or removes a whole document"

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 from ..core import UserError
-from .documents import Document, Report, open_stream, refuse
+from .documents import Document, Report, extra_module, open_stream, refuse, reporting
 from .stage import Decision, choice, judge, n_bytes
 
 # %% ../../nbs/79_data.wikipedia.ipynb #languages
@@ -152,12 +152,8 @@ def read_wikipedia(path,                        # a dump: a file, an address, or
     "All pages of a MediaWiki export as wikitext, redirects too. What cannot be read is reported"
     given = hasattr(path, 'read')
     place = 'the dump' if given else str(path)
-    try:
-        with path if given else open_stream(path) as stream:
-            yield from _read(_as_utf8(_pieces(stream), place), place, report, licence)
-    except UserError as e:
-        if report is refuse: raise
-        report(place, f'was not read to its end: {e}')
+    with reporting(place, report), path if given else open_stream(path) as stream:
+        yield from _read(_as_utf8(_pieces(stream), place), place, report, licence)
 
 def _read(pieces:Iterator[bytes], place:str, report:Report, licence:str)->Iterator[Document]:
     def told(where, why): report(f'{place}, {where},', why)
@@ -504,19 +500,12 @@ def _asks(doc:Document, rules:WikipediaRules, names:Language)->Iterator[tuple]:
     yield 'work', work, rules.max_work, work <= rules.max_work
 
 # %% ../../nbs/79_data.wikipedia.ipynb #clean
-def _parser(): # a module
-    try:
-        import mwparserfromhell
-    except ImportError:
-        raise UserError("Wikipedia needs the mwparserfromhell package: "
-                        "pip install 'llama_nb[data]'") from None
-    return mwparserfromhell
-
 def clean_wikipedia(doc:Document,                       # wikitext
                     rules:WikipediaRules=WikipediaRules(),
                    )->tuple[Document|None, list[Decision]]:
     "The text of an article. Raises `UserError` without the parser, and what the parser raises"
-    names, parser, found = LANGUAGES.get(doc.language, LANGUAGES['en']), _parser(), []
+    parser = extra_module('mwparserfromhell', 'Wikipedia needs')
+    names, found = LANGUAGES.get(doc.language, LANGUAGES['en']), []
     for rule, value, limit, stays in _asks(doc, rules, names):
         found.append(judge(doc, f'wikipedia.{rule}', value, limit, stays))
         if not stays: return None, found
