@@ -18,7 +18,7 @@ import tomli_w
 from ..config import read_toml
 from ..core import UserError, choose
 from .loader import Loader, Span, check_length, permute
-from .shards import TokenShards, token_dtype
+from .shards import TokenShards, read_across, token_dtype
 from .stage import choice
 from ..files import bytes_digest, write_atomic
 
@@ -183,13 +183,8 @@ class Mixture:
 
     def read(self, start:int, stop:int)->np.ndarray: # (stop-start,) unsigned ids
         "Tokens of the sources, one after the other. Raises `IndexError` beyond the ends"
-        if not 0 <= start <= stop <= self.n_tokens:
-            raise IndexError(f'tokens {start}..{stop} of {self.n_tokens}')
-        out = np.empty(stop - start, token_dtype(self.vocab_size))
-        for source, begin, end in zip(self.sources, self._starts, self._starts[1:]):
-            lo, hi = max(start, begin), min(stop, end)
-            if lo < hi: out[lo-start:hi-start] = source.shards.read(int(lo - begin), int(hi - begin))
-        return out
+        def read(i, lo, hi): return self.sources[i].shards.read(lo, hi)
+        return read_across(self._starts, start, stop, token_dtype(self.vocab_size), read)
 
 # %% ../../nbs/7D_data.mixture.ipynb #write-mixture
 def write_mixture(path,         # of the file
