@@ -1,6 +1,7 @@
 """Failures that speak: the traceback before the end, exit codes that say who can mend it, time limits,
 numbers that are none."""
-import errno, os, subprocess, sys
+import errno, os, random, subprocess, sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -15,7 +16,7 @@ from llama_nb.parallel import mesh, processes
 from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
 from llama_nb.parallel.processes import host_group, run_ranks, start_ranks
 from llama_nb.train import checkpoint, metrics as log, trainer
-from llama_nb.train.guards import collective_seconds
+from llama_nb.train.guards import SpikeGuard, collective_seconds
 
 # --- a rank that fails --------------------------------------------------------------------------
 
@@ -107,6 +108,29 @@ def test_a_failed_save_may_pass_unless_a_right_is_missing(tmp_path):
               pytest.raises(checkpoint.CheckpointError, match='could not save') as caught):
             checkpoint.save_checkpoint(tmp_path, 1, tensors, {})
         assert isinstance(caught.value, TemporaryError) == kind
+
+# --- a run that goes on after a loss that spiked ---------------------------------------------------
+
+def spike_log(folder, step, said):
+    "The log of a run that goes on after `step`, which notes the steps of its reports"
+    made = object.__new__(trainer.RunLog)
+    made.metrics, made.spikes, made.bar = log.open_metrics(folder, step), SpikeGuard(), mock.Mock()
+    made.run = mock.Mock(report=lambda line: said.append(int(line.split()[1])))
+    trainer._go_on(made, ExitStack())
+    return made
+
+def test_a_resumed_guard_reports_what_one_that_was_not_cut_does(tmp_path):
+    rng = random.Random(0)
+    losses = [3 + rng.gauss(0, .05) for _ in range(400)]
+    for i in (200, 300, 301, 302): losses[i] += .6
+    for cuts in ([], [301], [302], [201, 303]):
+        folder, said = tmp_path/str(cuts), []
+        ends = [*cuts, len(losses)]
+        for begin, end in zip([0, *cuts], ends):
+            made = spike_log(folder, begin, said)
+            for i in range(begin, end):
+                made._write({'step': i + 1, 'loss': losses[i], 'tokens': i, 'tokens_per_second': 1.})
+        assert said == [201, 301, 302, 303], cuts
 
 # --- two real ranks: time limits, errors told, nobody leaves before the old checkpoint is gone ---
 

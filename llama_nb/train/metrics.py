@@ -117,7 +117,7 @@ class Metrics:
     file:TextIO       # metrics.jsonl
     board:object      # TensorBoard's writer
     curve:LossCurve
-    newest:list[dict] # up to 128 rows from before this start, for whoever goes on from them
+    newest:list[dict] # up to 128 rows from before this start, without spikes and skipped steps
     row:dict=None     # the last that was written
     begin:int=0       # where it begins in the file
 
@@ -161,8 +161,9 @@ def open_metrics(folder,     # of the run
     path = Path(folder)/'metrics.jsonl'
     kept, curve = cut_back(path, step), LossCurve()
     for row in kept: curve.add(row)
+    usual = [row for row in kept if 'spike' not in row and row.get('loss') is not None]
     board = SummaryWriter(str(Path(folder)/'tensorboard'), purge_step=step+1)
-    return Metrics(open(path, 'a', encoding='utf-8'), board, curve, kept[-128:])
+    return Metrics(open(path, 'a', encoding='utf-8'), board, curve, usual[-128:])
 
 # %% ../../nbs/64_train.metrics.ipynb #host
 class StepInFlight:

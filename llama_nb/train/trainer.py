@@ -303,9 +303,7 @@ def running(run:Trainer, progress:bool=True):
 def _go_on(log:RunLog, stack:ExitStack):
     "Close the metrics at the end, and let the spike guard see the steps before"
     stack.callback(log.metrics.close)
-    for row in log.metrics.newest:
-        if 'spike' in row or row['loss'] is None: continue
-        log.spikes.look(row['step'], row['loss'])
+    for row in log.metrics.newest: log.spikes.look(row['step'], row['loss'])
 
 def _check_compiled(run:Trainer):
     "The first step has compiled the blocks; was anything fused, if that was asked for?"
