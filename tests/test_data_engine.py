@@ -3,14 +3,14 @@ import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from llama_nb.core import TemporaryError, UserError
-from llama_nb.data.documents import Document, read_documents, read_file, write_jsonl
+from llama_nb.data.documents import Document, read_documents, write_jsonl
 from llama_nb.data.engine import Job, run_job, run_share
 
 MODULE = '''
 import os, signal, sys, time
 from dataclasses import replace
 from functools import partial
-from llama_nb.data.documents import read_file
+from llama_nb.data.documents import read_documents
 from llama_nb.data.engine import Job, run_job
 from llama_nb.data.stage import Decision
 
@@ -19,7 +19,7 @@ def shout(doc, slow=0.):
     if doc.id == 'deadly': os.kill(os.getpid(), signal.SIGKILL)
     return replace(doc, text=doc.text.upper()), [Decision('shout', 0)]
 
-def job(slow=0.): return Job(read_file, (('shout', partial(shout, slow=slow)),))
+def job(slow=0.): return Job(read_documents, (('shout', partial(shout, slow=slow)),))
 
 if __name__ == '__main__':
     source, out, workers = sys.argv[1:4]
@@ -114,16 +114,26 @@ def test_another_jobs_folder_is_refused_and_can_be_redone(place, tmp_path):
 def test_what_cannot_be_read_is_counted_and_nothing_else_is_lost(tmp_path):
     lines = ['{"text": "one", "id": "1"}', '{"text": ', '{"text": "two", "id": "2"}', '[]', '{"id": "x"}']
     (tmp_path/'a.jsonl').write_text('\n'.join(lines))
-    total = run_job(Job(read_file), {'a.jsonl': str(tmp_path/'a.jsonl')}, tmp_path/'out')
+    total = run_job(Job(read_documents), {'a.jsonl': str(tmp_path/'a.jsonl')}, tmp_path/'out')
     assert total['read'].unread == 3 and len(total['read'].problems) == 3
     assert [d.id for d in read_documents(tmp_path/'out'/'documents')] == ['1', '2']
     assert 'line 2, is not JSON' in (tmp_path/'out'/'report.md').read_text()
 
+def test_the_reader_of_a_source_fits(tmp_path):
+    from llama_nb.data.wikipedia import clean_wikipedia, read_wikipedia, write_export
+    pages = [Document("'''Bold''' and [[link|linked]] words.", 'One'),
+             Document('#REDIRECT [[One]]', 'Two', metadata={'redirect': 'One'})]
+    (tmp_path/'dump.xml').write_bytes(b''.join(write_export(pages)))
+    job = Job(read_wikipedia, (('wikipedia', clean_wikipedia),))
+    total = run_job(job, {'dump.xml': str(tmp_path/'dump.xml')}, tmp_path/'out')
+    assert [d.text.strip() for d in read_documents(tmp_path/'out'/'documents')] == ['Bold and linked words.']
+    assert (total['wikipedia'].documents, total['wikipedia'].kept) == (2, 1)
+
 def test_an_output_that_was_cut_off_is_done_again(place, tmp_path):
-    run_job(Job(read_file), inputs(place), tmp_path)
+    run_job(Job(read_documents), inputs(place), tmp_path)
     before, victim = contents(tmp_path), tmp_path/'documents'/'03.jsonl.jsonl.zst'
     victim.write_bytes(victim.read_bytes()[:-10])
-    run_job(Job(read_file), inputs(place), tmp_path)
+    run_job(Job(read_documents), inputs(place), tmp_path)
     assert contents(tmp_path) == before
 
 def test_shares_of_ranks_are_the_whole(place, calm, tmp_path):

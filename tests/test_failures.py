@@ -373,6 +373,15 @@ def test_commands_refuse_in_one_line_and_make_nothing(args, tokens, tmp_path, mo
     assert said.startswith('llama-nb: error: ') and said.count('\n') == 1, said
     assert [p.name for p in tmp_path.iterdir()] == ['run.toml']
 
+def test_text_that_cannot_be_read_is_one_line_of_the_tokenizer_too(tmp_path, capsys):
+    "SentencePiece makes a traceback of what its text raises"
+    bad, model = tmp_path/'bad.jsonl', tmp_path/'new.model'
+    bad.write_text('{"text": "fine"}\n{"text": \n')
+    assert cli.main(['tokenizer', str(model), '--documents', str(bad)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f'llama-nb: error: {bad}, line 2, is not JSON') and said.count('\n') == 1, said
+    assert not model.exists()
+
 def test_a_restart_while_storage_refuses_to_read(tmp_path, run_file):
     "Nothing is damaged, so nobody is told to remove the folder: the same command may succeed later"
     command = ['train', str(run_file(4, save_every=2))]

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, is_dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
+from pathlib import Path, PurePath
 from tqdm.auto import tqdm
 import llama_nb
 from ..core import TemporaryError, UserError
@@ -24,7 +24,7 @@ from ..files import bytes_digest, file_digest, write_atomic
 @dataclass(frozen=True)
 class Job:
     "What is done to each file"
-    read:Callable[[str, str, Report], Iterator[Document]]       # called with (path, name, report)
+    read:Callable[[str, Report], Iterator[Document]]            # called with (path, report), as all readers
     cleaners:tuple[tuple[str, Cleaner], ...] = ()               # (name of the stage, cleaner)
 
 def run_documents(job:Job, docs:Iterable[Document])->tuple[Iterator[Document], dict[str, Tally]]:
@@ -70,7 +70,7 @@ def run_file(job:Job, path:str, name:str, out:Path, digest:str):
     output, record = _places(out, name)
     seen = {**_fingerprint(path), 'sha256': file_digest(path)}
     reading = Tally()
-    docs, tallies = run_documents(job, job.read(path, name, reading.problem))
+    docs, tallies = run_documents(job, job.read(path, reading.problem))
     n = write_jsonl(docs, output)
     made = {'documents': n, 'bytes': output.stat().st_size, 'sha256': file_digest(output)}
     tallies = {'read': reading, **tallies}
@@ -81,7 +81,7 @@ def run_file(job:Job, path:str, name:str, out:Path, digest:str):
 def _is_done(path:str, name:str, out:Path, digest:str)->bool:
     "Whether the record of a file is there, and is of this job and this input"
     output, record = _places(out, name)
-    if not record.exists(): return False
+    if not record.exists() or not output.exists(): return False
     found, now = json.loads(record.read_text(encoding='utf-8')), _fingerprint(path)
     if found['job'] != digest or found['output']['bytes'] != output.stat().st_size: return False
     if {k: found['input'][k] for k in now} == now: return True
@@ -96,6 +96,16 @@ def _differences(a, b, path='')->list[str]:
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in _differences(x, y, f'{path}[{i}]')]
     return [] if a == b else [f'{path}: {json.dumps(a)[:60]} -> {json.dumps(b)[:60]}']
+
+def _check_inputs(inputs:dict[str, str]):
+    "Raise `UserError` unless all are files, under names that stay within the folder"
+    if not inputs: raise UserError('there are no files to work on')
+    for name, path in inputs.items():
+        plain = PurePath(name)
+        if not plain.name or plain.is_absolute() or '..' in plain.parts:
+            raise UserError(f'{name!r} is no name for an output; take one that stays in its folder')
+        if not os.path.isfile(path):
+            raise UserError(f'there is no file {path}; the engine works on files of a disk')
 
 def _claim(out:Path, job:Job, names:list[str], redo:bool)->str: # digest of the job
     "Write the folder's `job.json`, or see that it is the same. Raises `UserError` if it is another job's"
@@ -144,8 +154,8 @@ def run_job(job:Job,
     """Run a job over files; what is done is skipped. The account lands in `report.md` and `manifest.json`.
 
     Raises `UserError` where the folder is another job's, `TemporaryError` if a worker dies"""
+    _check_inputs(inputs)
     out, names = Path(out), sorted(inputs)
-    if not names: raise UserError('there are no files to work on')
     digest = _claim(out, job, names, redo)
     todo = [n for n in names if not _is_done(inputs[n], n, out, digest)]
     if todo: (out/'manifest.json').unlink(missing_ok=True)
@@ -158,6 +168,7 @@ def run_job(job:Job,
 def run_share(job:Job, inputs:dict[str, str], out)->Callable: # (documents, rank, world_size) -> documents
     "The same job as a step for an executor of datatrove: each rank does its share of the files"
     def step(docs=None, rank:int=0, world_size:int=1):
+        _check_inputs(inputs)
         folder, names = Path(out), sorted(inputs)
         digest = _claim(folder, job, names, False)
         for n in names[rank::world_size]:

@@ -101,10 +101,17 @@ def train_tokenizer(texts:Iterable[str],
     Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text"""
     model = io.BytesIO()
     settings = dict(LLAMA_SPEC, vocab_size=vocab_size, minloglevel=5)
-    lines = training_lines(texts)
+    errors = []                                             # of the texts; SentencePiece rewrites them
+    def lines():
+        try:
+            yield from training_lines(texts)
+        except UserError as e:
+            errors.append(e)
+            raise
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines(), model_writer=model, **settings)
     except RuntimeError as e:
+        if errors: raise errors[0] from None
         raise UserError(_explain(str(e), vocab_size)) from None
     write_atomic(path, model.getvalue())
     return Tokenizer(path)
