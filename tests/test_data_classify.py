@@ -1,8 +1,10 @@
 "Classifiers: determinism, damaged models, text that holds fastText's own signs, and the choice of examples."
-import pickle
+import pickle, subprocess, sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 import pytest
+from conftest import ENV
 from llama_nb.core import UserError
 from llama_nb.data.documents import Document
 from llama_nb.data.stage import Stage, preset
@@ -109,3 +111,24 @@ def test_thresholds_of_the_presets():
                for n in ('paper', 'ccnet')]
     assert rounded[0] is None and rounded[1].language == 'en'
     assert clean_language(doc, Fixed(de=.9), replace(LanguageRules(), languages=('de',)))[0].language == 'de'
+
+AS_IN_TRAINING = '''
+import sys
+from llama_nb.train.host import keep_freed_memory
+from llama_nb.data.classify import FastTextRules, train_classifier
+kept = keep_freed_memory()
+waste = [b'\\xff'*2**20 for _ in range(80)] + [b'\\xff'*n for n in range(10, 400_000, 500)]
+del waste
+lines = [('de', 'der die das und ist'), ('en', 'the and of is a')]*50
+rules = FastTextRules(dim=16, minn=2, maxn=4, lr=.5, epoch=20)
+for name in sys.argv[1:]: train_classifier(lines, name, rules)
+'''
+
+def test_memory_that_was_used_before_teaches_nothing(tmp_path):
+    "A program may have told the C library to keep what it freed: it holds ones, which are NaN"
+    names = [str(tmp_path/n) for n in ('a.bin', 'b.bin')]
+    done = subprocess.run([sys.executable, '-c', AS_IN_TRAINING, *names], env=ENV, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    a, b = (Path(name).read_bytes() for name in names)
+    assert a == b

@@ -7,7 +7,7 @@ __all__ = ['LANGUAGE_MODEL', 'MAX_CHARS', 'FastTextRules', 'one_line', 'train_cl
            'LanguageRules', 'clean_language', 'ReferenceRules', 'reference_examples', 'clean_reference']
 
 # %% ../../nbs/74_data.classify.ipynb #imports
-import heapq, mmap, re, struct, tempfile
+import heapq, json, mmap, re, struct, subprocess, sys, tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,14 +54,28 @@ def _settings(rules:FastTextRules)->dict:
                 wordNgrams=rules.word_ngrams, bucket=max(rules.bucket, _FRESH//(4*rules.dim) + 1),
                 loss='softmax', thread=1, verbose=0)
 
+_TRAIN = '''
+import fasttext, json, sys
+lines, model, settings = sys.argv[1:]
+fasttext.train_supervised(lines, **json.loads(settings)).save_model(model)
+'''
+
+def _train(lines:Path, model:Path, settings:dict):
+    "Let fastText learn in a process of its own, where large memory is fresh. Raises `RuntimeError`"
+    command = [sys.executable, '-c', _TRAIN, str(lines), str(model), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stderr.strip().rpartition('\n')[2].removeprefix('RuntimeError: ')
+    if done.returncode: raise RuntimeError(said or f'its process ended with {done.returncode}')
+
 def train_classifier(examples:Iterable[tuple[str, str]], # (label, text), in the order of training
                      path,                               # where the model goes
                      rules:FastTextRules=FastTextRules(),
                      seed:int=0,
                     )->'TextClassifier':
     "Train fastText; equal examples, rules and seeds give equal files. Raises `UserError`"
-    fasttext, labels = _fasttext(), set()
-    with tempfile.TemporaryDirectory() as folder:
+    _fasttext()                                             # or say that it is missing
+    labels = set()
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as tmp:
         lines = Path(folder)/'examples.txt'
         with open(lines, 'w', encoding='utf-8', newline='\n') as f:
             for label, text in examples:
@@ -70,10 +84,9 @@ def train_classifier(examples:Iterable[tuple[str, str]], # (label, text), in the
                 labels.add(label)
         if len(labels) < 2: raise UserError(f'a classifier needs two labels; there are {sorted(labels)}')
         try:
-            model = fasttext.train_supervised(str(lines), seed=seed, **_settings(rules))
+            _train(lines, tmp, {**_settings(rules), 'seed': seed})
         except RuntimeError as e:
             raise UserError(f'fastText could not learn with a learning rate of {rules.lr}: {e}') from None
-    with replacing(path) as tmp: model.save_model(str(tmp))
     return TextClassifier(path)
 
 # %% ../../nbs/74_data.classify.ipynb #measure
