@@ -220,7 +220,7 @@ def usage()->str:
     about = {name: command.__doc__ for name, command in COMMANDS.items()}
     about['train'] = 'Train a model from a run file (TOML); any setting can follow as --section.key value'
     return '\n'.join([f'llama-nb {__version__}: LLaMA (Touvron et al., 2023), from text to samples', '',
-                      *(f'  llama-nb {name:<10} {text}' for name, text in about.items()), '',
+                      *(f'  llama-nb {name:<11} {text}' for name, text in about.items()), '',
                       'llama-nb COMMAND --help lists the settings of a command.'])
 
 def dispatch(args:list[str])->int: # exit code
@@ -231,7 +231,7 @@ def dispatch(args:list[str])->int: # exit code
     if args[0] in ('--version', '-V'):
         print(__version__)
         return 0
-    words = 2 if args[:2] == ['data', 'show'] else 1
+    words = 2 if ' '.join(args[:2]) in COMMANDS else 1                # `data show`
     name, rest = ' '.join(args[:words]), args[words:]
     command = choose(COMMANDS, name, 'command')
     if command is train: return train(rest)
