@@ -1,10 +1,9 @@
 "Recompute modes inside the trainer, and under torch.compile: the same run, whatever is kept."
 import pytest, torch
-from llama_nb.config import load_run
+from llama_nb.config import RECOMPUTE_MODES, ModelConfig, load_run
 from llama_nb.train.loss import next_token_loss
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
 from llama_nb.train.trainer import start_run, train_step
-from llama_nb.config import ModelConfig
 from llama_nb.model.transformer import LLaMA, init_weights
 
 def three_steps(path, *settings):
@@ -74,3 +73,6 @@ def test_bfloat16_trains_alike(run_file):
         for a, b in zip(got, right): assert a == pytest.approx(b, rel=2**-7)      # bfloat16 has 8 bits
     full, _ = three_steps(run_file(10, name='full'))
     assert full[0][0] != right[0][0] and full[0] == pytest.approx(right[0], rel=.02)
+
+def test_a_run_file_may_name_every_mode():
+    assert tuple(RECOMPUTE) == RECOMPUTE_MODES

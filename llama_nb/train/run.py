@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
 from ..config import RunConfig, degrees, differences, dump_run, load_run
-from ..core import UserError, choose, native_bfloat16, pick_dtype
+from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state
 from ..data.mixture import make_loader, open_tokens
 from ..data.shards import TokenShards
@@ -32,7 +32,7 @@ from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
 from . import checkpoint as ckpt
 from .guards import NonFiniteGuard, collective_seconds
 from .optim import make_optimizer
-from .recompute import RECOMPUTE, apply_recompute
+from .recompute import apply_recompute
 from .state import optimizer_tensors, prepare_optimizer, random_state, set_random_state
 
 # %% ../../nbs/66_train.run.ipynb #trainer
@@ -81,9 +81,6 @@ def check_settings(config:RunConfig,
                   ):
     "Raise `UserError` for settings that cannot run on this device and so many ranks"
     pick_backend(config.train.attention, device, *attention_model(config, device))
-    choose(dict.fromkeys(('cross', 'separate')), config.data.documents, 'data.documents')
-    choose(dict.fromkeys(('off', 'blocks')), config.train.compile, 'train.compile')
-    choose(RECOMPUTE, config.train.recompute, 'recompute mode')
     batch, seq_len, micro = config.data.batch_size, config.data.seq_len, config.train.micro_batch_size
     if batch % (dp_size*micro):
         raise UserError(f'data.batch_size {batch} must be a multiple of {dp_size} ranks x '
