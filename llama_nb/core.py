@@ -9,7 +9,6 @@ __all__ = ['AXES', 'DTYPES', 'UserError', 'choose', 'TemporaryError', 'is_tempor
 # %% ../nbs/00_core.ipynb #imports
 from difflib import get_close_matches
 from pathlib import Path
-import torch
 
 # %% ../nbs/00_core.ipynb #axes
 AXES = dict(b='batch: sequences that are processed together',
@@ -58,8 +57,9 @@ def is_temporary(error:BaseException|None)->bool:
 
 # %% ../nbs/00_core.ipynb #pick-device
 def pick_device(name:str='auto', # auto, cpu, cuda, cuda:1, mps
-               )->torch.device:
+               )->'torch.device':
     "The device called `name`; `auto` is an NVIDIA GPU or the CPU. Raises `UserError` if it is not here"
+    import torch
     here = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if name == 'auto': name = 'cuda' if here['cuda'] else 'cpu'
     try:
@@ -76,6 +76,7 @@ def pick_device(name:str='auto', # auto, cpu, cuda, cuda:1, mps
 # %% ../nbs/00_core.ipynb #cpu-features
 def cpu_features()->set[str]: # such as avx2, avx512_bf16; empty where it cannot be found out
     "Instruction sets of the processor, as PyTorch finds them, or Linux where PyTorch is too old to tell"
+    import torch
     if hasattr(torch.cpu, 'get_capabilities'):
         return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     try:
@@ -87,24 +88,28 @@ def cpu_features()->set[str]: # such as avx2, avx512_bf16; empty where it cannot
 
 def native_bfloat16(device='cpu')->bool: # False where it would be emulated, or where this is not known
     "Whether the hardware of `device` multiplies bfloat16 numbers itself"
+    import torch
     kind = torch.device(device).type
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == 'cpu' and not cpu_features().isdisjoint(('avx512_bf16', 'amx_bf16'))
 
 # %% ../nbs/00_core.ipynb #pick-dtype
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+DTYPES = 'float32', 'bfloat16'
 
 def pick_dtype(name:str,     # float32, bfloat16, or auto
                device='cpu', # where it computes, for auto
-              )->torch.dtype:
+              )->'torch.dtype':
     "The type called `name`; `auto`: bfloat16 where it is native, else float32. Raises `UserError`"
+    import torch
     if name == 'auto': name = 'bfloat16' if native_bfloat16(device) else 'float32'
-    return choose({**DTYPES, 'auto': None}, name, 'dtype')
+    choices = {name: name for name in (*DTYPES, 'auto')}
+    return getattr(torch, choose(choices, name, 'dtype'))
 
 # %% ../nbs/00_core.ipynb #to-autocast
-def to_autocast(x:torch.Tensor # any shape
-               )->torch.Tensor:
+def to_autocast(x:'torch.Tensor' # any shape
+               )->'torch.Tensor':
     "`x` in the type that autocast has set for its device; unchanged where autocast is off"
+    import torch
     kind = x.device.type
     on = kind != 'meta' and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if on else x

@@ -7,6 +7,7 @@ from llama_nb.data import dedup
 from llama_nb.data.dedup import (FirstOnDisk, band_keys, band_probability, candidate_pairs, containment,
                                  first_seen, grouped, jaccard, merge_pairs, minhash, n_common, sampled,
                                  shingles, spill_pairs, text_key)
+from llama_nb.data.loader import mix64
 
 def pairs_of(seed, n=400):
     "Keys that repeat, of any length and with any bytes; places with any characters, some of them twice"
@@ -229,14 +230,14 @@ def test_signatures_estimate_jaccard():
 
 def test_numbers_in_a_row_are_no_worse():
     "Structured elements, which a linear function might not scatter, once they were hashed as shingles are"
-    x = dedup.mix64(np.arange(3000, dtype=np.uint64))
+    x = mix64(np.arange(3000, dtype=np.uint64))
     shares = [(minhash(x[:2000], 128, s) == minhash(x[1000:], 128, s)).mean() for s in range(40)]
     assert abs(np.mean(shares) - 1/3) < .03
 
 def test_the_mixer_is_a_permutation():
     x = np.unique(np.random.default_rng(0).integers(2**64, size=10**5, dtype=np.uint64))
-    assert len(np.unique(dedup.mix64(x))) == len(x)
-    assert hex(dedup.mix64(np.array([0x9e3779b97f4a7c15], np.uint64))[0]) == '0xe220a8397b1dcdaf'
+    assert len(np.unique(mix64(x))) == len(x)
+    assert hex(mix64(np.array([0x9e3779b97f4a7c15], np.uint64))[0]) == '0xe220a8397b1dcdaf'
 
 def test_bands():
     signature = np.arange(12, dtype=np.uint64)

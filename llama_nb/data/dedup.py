@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from ..core import UserError
 from .documents import extra_module
-from .loader import mix64
 from ..files import publish_folder, replacing
 
 # %% ../../nbs/72_data.dedup.ipynb #first-in-memory
@@ -192,6 +191,7 @@ def shingles(text:str,
              n:int=5, # words per shingle
             )->np.ndarray: # uint64, sorted, each once; empty for a text without words
     "Hashes of all runs of `n` words. Raises `UserError` if xxhash is missing"
+    from llama_nb.data.loader import mix64              # here, since it brings PyTorch
     digest = extra_module('xxhash', 'near-duplicates need').xxh3_64_intdigest
     words = _WORD.findall(unicodedata.normalize('NFC', text.lower()))
     known = {word: digest(word.encode()) for word in set(words)}
@@ -226,6 +226,7 @@ def minhash(found:np.ndarray,   # shingles, uint64, at least one
            )->np.ndarray: # (size,) uint64
     "The smallest value of each hash function over a set. Raises `UserError` for an empty one"
     if not len(found): raise UserError('a set without elements has no smallest one')
+    from llama_nb.data.loader import mix64
     constants = mix64(np.arange(1, 2*size + 1, dtype=np.uint64) + np.uint64(seed << 32))
     factors, offsets = constants[:size] | np.uint64(1), constants[size:]
     signature, row = np.empty(size, np.uint64), np.empty(len(found), np.uint64)
