@@ -13,7 +13,7 @@ help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
 	@echo 'make test       export, notebooks and tests (minutes)'
 	@echo 'make versions   the same with PYTHON=... TORCH=..., noted in benchmarks/versions.md (half an hour)'
-	@echo 'make torture    ranks killed at random instants, during saves too (long)'
+	@echo 'make torture    ranks killed at random instants, during saves too, and further sizes, layouts and modes (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
 	@echo 'make gpu        on a machine with a GPU: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour; PARTS="graphs sync")'
 	@echo 'make edit       the notebooks in Jupyter Lab'
@@ -34,6 +34,7 @@ versions: .venv/installed-test
 
 torture: .venv/installed-test
 	$(BIN)/python -m pytest tests/torture.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m variant
 
 test-slurm: .venv/installed-test
 	$(BIN)/python -m pytest -rP tests/slurm.py

@@ -6,6 +6,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
+def variant(*values):
+    "A case of `parametrize` that `make test` leaves to `make torture`, since others like it are tried"
+    return pytest.param(*values, marks=pytest.mark.variant)
+
 def load_tool(name:str):
     "A program of tools/ as a module"
     if str(ROOT/'tools') not in sys.path: sys.path.insert(0, str(ROOT/'tools'))

@@ -6,6 +6,7 @@ depend on the device: an operator is a name in them.
 import contextlib, platform, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
+from conftest import variant
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
@@ -169,7 +170,8 @@ def fake_ranks():
     if started: dist.destroy_process_group()
 
 LAYOUTS = {'TP': ((1, 1, 2), False), 'TP+SP': ((1, 1, 2), True), 'FSDP': ((1, 2, 1), True), 'HSDP': ((2, 2, 1), True), 'HSDP x TP+SP': ((2, 2, 2), True)}
-WHERE = [(layout, 'linear') for layout in LAYOUTS] + [(layout, 'full') for layout in ('FSDP', 'TP', 'HSDP x TP+SP')] + [('FSDP', 'none')]
+WHERE = [('FSDP', 'none'), ('TP+SP', 'linear'), ('HSDP', 'linear'), ('HSDP x TP+SP', 'full'), variant('TP', 'linear'), variant('FSDP', 'linear'),
+         variant('HSDP x TP+SP', 'linear'), variant('FSDP', 'full'), variant('TP', 'full')]
 WAYS = [pytest.param('sdpa', False, id='cross-sdpa'), pytest.param('xformers', True, id='separate-xformers', marks=WHEEL)]     # each mode has all four above
 
 @pytest.mark.parametrize('backend, packed', WAYS, indirect=['backend'])

@@ -5,7 +5,7 @@ import pytest
 from llama_nb.config import PRESETS, degrees, load_run
 from llama_nb.scale.memory import memory_line, memory_per_rank
 from llama_nb.toy import toy_config
-from conftest import ENV
+from conftest import ENV, variant
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
 
@@ -77,7 +77,8 @@ print(json.dumps({
     'local': {n: s for n, s in local.items() if not n.startswith('layers.') or n.startswith('layers.0.')}}))
 """
 
-@pytest.mark.parametrize('name, rank', [('7B', 0), ('13B', 1023), ('33B', 1234), ('65B', 0), ('65B', 1234)])
+@pytest.mark.parametrize('name, rank', [('7B', 0), variant('13B', 1023), variant('33B', 1234),
+                                        variant('65B', 0), ('65B', 1234)])
 def test_a_rank_of_the_full_world_holds_what_the_closed_form_says(name, rank):
     """The real model is shared by the real code among all ranks, of which only this one exists; on the meta
     device, so no number has memory"""

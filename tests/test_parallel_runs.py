@@ -2,7 +2,7 @@
 input; always the same run."""
 import random, signal, time
 import pytest
-from conftest import metrics, numbers
+from conftest import metrics, numbers, variant
 
 TWO = ('--train.micro-batch-size', 2)
 
@@ -68,9 +68,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(run_file, start_rank
 
 @pytest.mark.parametrize('args, words',
                          [(('--parallel.tensor', 3), 'choose parallel.tensor from [1, 2, 4]'),
-                          (('--parallel.replicate', 4), 'are not 2 ranks'),
-                          (('--train.micro-batch-size', 8),
-                           'must be a multiple of 2 ranks x train.micro_batch_size 8'),
+                          variant(('--parallel.replicate', 4), 'are not 2 ranks'),
+                          variant(('--train.micro-batch-size', 8),
+                                  'must be a multiple of 2 ranks x train.micro_batch_size 8'),
                           (('--optim.lr', 1e30, '--train.max-skipped', 2), '3 such steps in a row')])
 def test_mistakes_are_one_line_on_every_rank(run_file, start_ranks, tmp_path, args, words):
     ranks = start_ranks(2, 'train', run_file(12), *args)

@@ -3,7 +3,7 @@ import json, resource, signal
 import pytest
 from safetensors.torch import load_file
 import torch
-from conftest import metrics
+from conftest import metrics, variant
 
 def lines(folder):
     path = folder/'metrics.jsonl'
@@ -13,7 +13,7 @@ def weights(folder): return load_file(sorted((folder/'checkpoints').iterdir())[-
 
 def one_line(err): return [line for line in err.splitlines() if line.startswith('llama-nb: error: ')]
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [variant(signal.SIGINT), signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, run_file, start, wait_for, number):
     path, out = run_file(100_000), tmp_path/'run'
     for _ in range(2):

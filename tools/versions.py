@@ -35,7 +35,7 @@ def run_tests():
     "All tests: how many ran, which failed, how many were skipped"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
-        code, _ = run(sys.executable, '-m', 'pytest', 'tests', '-n', '2', '--dist', 'loadfile',
+        code, _ = run(sys.executable, '-m', 'pytest', 'tests', '-m', '', '-n', '2', '--dist', 'loadfile',
                       '--no-loadscope-reorder', f'--junitxml={report}', OMP_NUM_THREADS='1')
         cases = list(ElementTree.parse(report).iter('testcase')) if report.exists() else []
     names = lambda *kinds: [c.get('name') for c in cases if any(c.find(k) is not None for k in kinds)]
