@@ -58,8 +58,7 @@ class Cluster:
             if not 0 < value < math.inf: raise UserError(f'cluster.{name} must be above 0, not {value}')
 
 # %% ../../nbs/81_scale.cluster.ipynb #collective
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     "One call that ranks make together"
     what:str     # weights, gradients, stream
     kind:str     # all_gather, reduce_scatter, all_reduce, send
@@ -180,8 +179,9 @@ def powered_flops(gpu:Gpu, k:Constants)->float: # FLOP/s
 
 # %% ../../nbs/81_scale.cluster.ipynb #constants
 CONSTANTS = Constants(
-    ampere=0.734, hopper=0.6615, megatron=0.795, power=0.2545, stream=0.5337, link=0.7342, network=0.5518,
-    latency=4.781e-06, overlap=0.9466, overlap_tensor=0.4442)
+    ampere=0.7551, hopper=0.6682, megatron=0.8013, power=0.271,
+    stream=0.5115, link=0.7109, network=0.5691, latency=4.597e-06,
+    overlap=0.949, overlap_tensor=0.5409)
 
 # FlashAttention, share of the peak: papers of FlashAttention-2 (Ampere, Hopper) and -3 (Megatron on Hopper)
 ATTENTION = {('pytorch', 'Ampere'): .6, ('pytorch', 'Hopper'): .35,
@@ -212,8 +212,8 @@ class BlockTime(NamedTuple):
         return once + job.repeated*again + cheap_again(job)*self.cheap
 
 def cheap_again(job:Job)->float:
-    "Share of the element-wise work that is repeated; `linear` repeats nothing else"
-    return 1. if job.recompute == 'linear' else job.repeated
+    "Share of the element-wise work that is repeated; `linear` repeats norms and gate, two thirds"
+    return 2/3 if job.recompute == 'linear' else job.repeated
 
 # %% ../../nbs/81_scale.cluster.ipynb #block-seconds
 def block_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
@@ -252,10 +252,9 @@ def compute_parts(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->dict[str, fl
             'optimizer': state/(cluster.gpu.bandwidth*k.stream)}
 
 # %% ../../nbs/81_scale.cluster.ipynb #overlap
-@dataclass(frozen=True)
-class Overlapped:
+class Overlapped(NamedTuple):
     "Collectives that run beside computation"
-    calls:tuple            # of `Collective`
+    calls:list             # of `Collective`
     behind:float           # seconds of computation they may hide behind; 0: nothing
     times:float            # in a step
     part:str               # tensor, data, context, pipeline
@@ -275,38 +274,39 @@ def exposed_seconds(group:Overlapped, cluster:Cluster, k:Constants=CONSTANTS)->f
     return group.times*(rest + waiting)
 
 # %% ../../nbs/81_scale.cluster.ipynb #fsdp
-def _fsdp(job:Job, block:BlockTime)->list[Overlapped]:
+def _fsdp_calls(job:Job, params:int)->tuple[Collective, Collective, Collective]:
+    "Gather, scatter and sum over replicas of a group of parameters"
+    layout, n = job.layout, job.layout.tensor
+    gradients = job.reduce_bytes*params/n
+    return (Collective('weights', 'all_gather', 2*params/n, layout.shard, n),
+            Collective('gradients', 'reduce_scatter', gradients, layout.shard, n),
+            Collective('gradients', 'all_reduce', gradients/layout.shard, layout.replicate, n*layout.shard))
+
+def _fsdp(job:Job, block:BlockTime)->list[tuple]:
     "Stages 2 and 3 of ZeRO"
-    layout, s, n = job.layout, job.shape, job.layout.tensor
-    def calls(params, gathers, sums):
-        gather = Collective('weights', 'all_gather', 2*params/n, layout.shard, n)
-        scatter = Collective('gradients', 'reduce_scatter', job.reduce_bytes*params/n, layout.shard, n)
-        part = job.reduce_bytes*params/n/layout.shard
-        reduce = Collective('gradients', 'all_reduce', part, layout.replicate, n*layout.shard)
-        return (gather,)*gathers + (scatter,) + (reduce,)*sums
-    forward, backward = block.forward(), block.backward(job)
-    gathers, L, B, R = int(layout.zero == 3), s.layers, s.block_params, s.root_params
-    found = [Overlapped(calls(B, 1, 0)[:1], forward, job.passes*L, 'data'),
-             Overlapped(calls(R, 1, 0)[:1], 0, job.passes, 'data')]
-    for times, sums in ((job.passes - 1, 0), (1, 1)):                # replicas sum in the last pass
-        found += [Overlapped(calls(B, gathers, sums), backward, times*(L - 1), 'data'),
-                  Overlapped(calls(B, 0, sums), backward, times, 'data'),
-                  Overlapped(calls(R, 0, sums), 0, times, 'data')]
+    layers, passes, backward = job.shape.layers, job.passes, block.backward(job)
+    gather, scatter, reduce = _fsdp_calls(job, job.shape.block_params)
+    root = _fsdp_calls(job, job.shape.root_params)
+    again = [gather] if job.layout.zero == 3 else []
+    found = [([gather], block.forward(), passes*layers, 'data'), ([root[0]], 0, passes, 'data')]
+    for times, sums in ((passes - 1, []), (1, [reduce])):            # replicas sum in the last pass
+        last = [root[2]] if sums else []
+        found += [([*again, scatter, *sums], backward, times*(layers - 1), 'data'),
+                  ([scatter, *sums], backward, times, 'data'), ([root[1], *last], 0, times, 'data')]
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #zero-one
-def _zero_one(job:Job, block:BlockTime, early:bool)->list[Overlapped]:
+def _zero_one(job:Job, block:BlockTime, early:bool)->list[tuple]:
     "Stage 1: one reduction of the gradients per step, and one gather of the new weights"
     layout, s, n = job.layout, job.shape, job.layout.tensor
-    ranks, layers = layout.replicate*layout.shard, s.layers/layout.pipeline
+    ranks, layers, pieces = layout.replicate*layout.shard, s.layers/layout.pipeline, 1 if early else 9
     kind = 'all_reduce' if layout.replicate > 1 else 'reduce_scatter'
     found = []
     for params, times in ((s.block_params, layers), (s.root_params, 1/layout.pipeline)):
         reduce = Collective('gradients', kind, job.reduce_bytes*params/n, ranks, n)
-        found.append(Overlapped((reduce,), block.backward(job), times, 'data'))
-        pieces = 1 if early else 9                                   # the tensors of a block
         gather = Collective('weights', 'all_gather', 2*params/n/pieces, layout.shard, n)
-        found.append(Overlapped((gather,), block.forward() if early else 0, times*pieces, 'data'))
+        found += [([reduce], block.backward(job), times, 'data'),
+                  ([gather], block.forward() if early else 0, times*pieces, 'data')]
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #tensor
@@ -314,7 +314,7 @@ def stream_calls(job:Job)->float:
     "Gathers and scatters of the stream, per block and micro-batch"
     return 8 + (2 if job.recompute == 'linear' else 4*job.repeated)
 
-def _within_layers(job:Job, block:BlockTime)->list[Overlapped]:
+def _within_layers(job:Job, block:BlockTime)->list[tuple]:
     "Tensor, context and pipeline parallelism"
     layout, s, stream = job.layout, job.shape, 2*job.tokens*job.shape.dim
     layers, n = s.layers/layout.pipeline, layout.tensor
@@ -322,24 +322,23 @@ def _within_layers(job:Job, block:BlockTime)->list[Overlapped]:
     share = Collective('stream', kind, stream, n)
     whole = 4*job.tokens*layout.context*s.kv_dim/n
     keys = Collective('keys and values', 'all_gather', whole, layout.context, n)
-    send = Collective('stream', 'send', stream/n, 2)
+    send = Collective('stream', 'send', stream/n, layout.pipeline)
     chunk = layers/layout.virtual*block.forward()
     behind = block.linear if layout.async_tensor else 0
-    found = [(share, behind, job.passes*(layers*stream_calls(job) + 6)/pair, 'tensor', n),
-             (keys, block.attention, 3*job.passes*layers, 'context', layout.context),
-             (send, chunk, 2*job.passes*layout.virtual, 'pipeline', layout.pipeline)]
-    return [Overlapped((call,), *rest) for call, *rest, ranks in found if ranks > 1]
+    return [([share], behind, job.passes*(layers*stream_calls(job) + 6)/pair, 'tensor'),
+            ([keys], block.attention, 3*job.passes*layers, 'context'),
+            ([send], chunk, 2*job.passes*layout.virtual, 'pipeline')]
 
 def collectives(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlapped]:
     "All that a rank sends in a step, with what it hides behind"
-    block, layout = block_time(job, cluster, k), job.layout
-    if layout.zero == 1: data = _zero_one(job, block, cluster.stack == 'megatron')
+    block, found = block_time(job, cluster, k), []
+    if job.layout.zero == 1: groups = _zero_one(job, block, cluster.stack == 'megatron')
     else:
-        data = _fsdp(job, block)
-    alone = lambda group: all(call.ranks == 1 for call in group.calls)
-    groups = [replace(group, calls=tuple(call for call in group.calls if call.ranks > 1))
-              for group in data + _within_layers(job, block) if not alone(group)]
-    return [group for group in groups if group.times]
+        groups = _fsdp(job, block)
+    for calls, behind, times, part in groups + _within_layers(job, block):
+        calls = [call for call in calls if call.ranks > 1]
+        if calls and times: found.append(Overlapped(calls, behind, times, part))
+    return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #step-time
 class Traffic(NamedTuple):
