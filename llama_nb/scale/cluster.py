@@ -7,7 +7,7 @@ __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOS
            'Layout', 'Shape', 'Job', 'Constants', 'powered_flops', 'matmul_seconds', 'BlockTime', 'cheap_again',
            'block_time', 'loss_seconds', 'compute_parts', 'Overlapped', 'call_seconds', 'exposed_seconds',
            'stream_calls', 'collectives', 'Traffic', 'StepTime', 'traffic', 'model_flops', 'job_time', 'job_of',
-           'step_time', 'Published', 'published_rows']
+           'step_time', 'tokens_to_hide', 'Published', 'published_rows']
 
 # %% ../../nbs/81_scale.cluster.ipynb #imports
 import csv, math
@@ -40,7 +40,8 @@ GPUS = {gpu.name: gpu for gpu in [
     Gpu('H200', 141e9, 989e12, 4.8e12, 450e9, 700, 700, 'Hopper', _H200)]}
 
 # %% ../../nbs/81_scale.cluster.ipynb #cluster
-STACKS = {'pytorch': 'FSDP2 and DTensor, as this package', 'megatron': 'Megatron-Core with Transformer Engine'}
+STACKS = {'pytorch': 'FSDP2 and DTensor, as in this package',
+          'megatron': 'Megatron-Core with Transformer Engine'}
 
 @dataclass(frozen=True)
 class Cluster:
@@ -223,7 +224,7 @@ def block_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
     sizes += s.gates*[(s.dim, s.ffn_dim/n)]
     linear = sum(matmul_seconds(rows, inner, columns, cluster, k) for inner, columns in sizes)
     share = ATTENTION[cluster.stack, cluster.gpu.generation]
-    scores = 2*rows*job.seq_len*s.dim/n                              # two multiplications, half of them masked
+    scores = 2*rows*job.seq_len*s.dim/n                              # two multiplications, half masked
     attention = scores/(share*powered_flops(cluster.gpu, k))
     norms, rotation, gate = CHEAP[s.block, job.kernels == 'eager']
     whole = 1 if job.layout.sequence else n                          # norms on all positions
@@ -310,23 +311,30 @@ def _zero_one(job:Job, block:BlockTime, early:bool)->list[tuple]:
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #tensor
-def stream_calls(job:Job)->float:
-    "Gathers and scatters of the stream, per block and micro-batch"
-    return 8 + (2 if job.recompute == 'linear' else 4*job.repeated)
+def stream_calls(job:Job)->tuple[float, float]: # gathers, scatters
+    "Of the stream, per block and micro-batch"
+    if job.recompute == 'linear': return 6, 4
+    return 4 + 2*job.repeated, 4 + 2*job.repeated
 
-def _within_layers(job:Job, block:BlockTime)->list[tuple]:
-    "Tensor, context and pipeline parallelism"
-    layout, s, stream = job.layout, job.shape, 2*job.tokens*job.shape.dim
-    layers, n = s.layers/layout.pipeline, layout.tensor
-    kind, pair = ('all_gather', 1) if layout.sequence else ('all_reduce', 2)
-    share = Collective('stream', kind, stream, n)
+def _stream(job:Job, block:BlockTime)->list[tuple]:
+    "Tensor parallelism; embedding and loss are worth three more of each"
+    layout, size = job.layout, 2*job.tokens*job.shape.dim
+    layers, behind = job.shape.layers/layout.pipeline, block.linear if layout.async_tensor else 0
+    gathers, scatters = (job.passes*(layers*count + 3) for count in stream_calls(job))
+    calls = {'all_gather': gathers, 'reduce_scatter': scatters}
+    if not layout.sequence: calls = {'all_reduce': (gathers + scatters)/2}
+    return [([Collective('stream', kind, size, layout.tensor)], behind, times, 'tensor')
+            for kind, times in calls.items()]
+
+# %% ../../nbs/81_scale.cluster.ipynb #collectives
+def _pipeline_and_context(job:Job, block:BlockTime)->list[tuple]:
+    layout, s, n = job.layout, job.shape, job.layout.tensor
+    layers = s.layers/layout.pipeline
     whole = 4*job.tokens*layout.context*s.kv_dim/n
     keys = Collective('keys and values', 'all_gather', whole, layout.context, n)
-    send = Collective('stream', 'send', stream/n, layout.pipeline)
+    send = Collective('stream', 'send', 2*job.tokens*s.dim/n, layout.pipeline)
     chunk = layers/layout.virtual*block.forward()
-    behind = block.linear if layout.async_tensor else 0
-    return [([share], behind, job.passes*(layers*stream_calls(job) + 6)/pair, 'tensor'),
-            ([keys], block.attention, 3*job.passes*layers, 'context'),
+    return [([keys], block.attention, 3*job.passes*layers, 'context'),
             ([send], chunk, 2*job.passes*layout.virtual, 'pipeline')]
 
 def collectives(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlapped]:
@@ -335,7 +343,7 @@ def collectives(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlappe
     if job.layout.zero == 1: groups = _zero_one(job, block, cluster.stack == 'megatron')
     else:
         groups = _fsdp(job, block)
-    for calls, behind, times, part in groups + _within_layers(job, block):
+    for calls, behind, times, part in groups + _stream(job, block) + _pipeline_and_context(job, block):
         calls = [call for call in calls if call.ranks > 1]
         if calls and times: found.append(Overlapped(calls, behind, times, part))
     return found
@@ -430,6 +438,18 @@ def step_time(config:RunConfig,
     if cluster.stack == 'megatron': job = replace(job, kernels='fused')
     return job_time(job, cluster, constants)
 
+# %% ../../nbs/81_scale.cluster.ipynb #threshold
+def tokens_to_hide(cluster:Cluster,
+                   ranks:int, # of the shard group, neighbours
+                   reduce_bytes:int=4,
+                   k:Constants=CONSTANTS,
+                  )->float: # tokens per GPU in a pass
+    "From how many tokens on the backward pass is longer than FSDP's sending, latency and attention apart"
+    calls = [Collective('weights', 'all_gather', 2, ranks),
+             Collective('gradients', 'reduce_scatter', reduce_bytes, ranks)]
+    sending = sum(call_seconds(call, cluster, k)[0] for call in calls)   # seconds per parameter
+    return sending*k.rate(cluster)/4
+
 # %% ../../nbs/81_scale.cluster.ipynb #rows
 @dataclass(frozen=True)
 class Published:
@@ -447,12 +467,14 @@ class Published:
 def _numbers(row:dict, *names)->dict[str, int]: return {name: int(row[name]) for name in names}
 
 def _published(row:dict)->Published:
-    shape = Shape(**_numbers(row, 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim', 'vocab'), block=row['block'])
+    sizes = _numbers(row, 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim', 'vocab')
+    shape = Shape(**sizes, block=row['block'])
     ranks = _numbers(row, 'replicate', 'shard', 'tensor', 'zero', 'pipeline', 'virtual', 'context')
     layout = Layout(**ranks, async_tensor=row['async_tensor'] == '1')
     repeated = float(row['repeated']) if row['repeated'] else None
     numbers = _numbers(row, 'seq_len', 'micro_batch', 'passes', 'reduce_bytes')
-    job = Job(shape, layout, recompute=row['recompute'], repeated=repeated, kernels=row['kernels'], **numbers)
+    job = Job(shape, layout, **numbers, repeated=repeated,
+              recompute=row['recompute'], kernels=row['kernels'])
     network = float(row['network_gbit'])*1e9/8
     cluster = Cluster(choose(GPUS, row['gpu'], 'GPU'), int(row['gpus']), network=network, stack=row['stack'])
     speed, weight = float(row['tokens_per_s_per_gpu']), float(row['weight'])
@@ -461,6 +483,7 @@ def _published(row:dict)->Published:
 def published_rows(path)->list[Published]:
     "The rows of a file like benchmarks/published_throughput.csv. Raises `UserError` for one that is not"
     try:
-        with open(path, newline='', encoding='utf-8') as f: return [_published(row) for row in csv.DictReader(f)]
+        with open(path, newline='', encoding='utf-8') as f:
+            return [_published(row) for row in csv.DictReader(f)]
     except (OSError, KeyError, ValueError) as e:
         raise UserError(f'{path} is no file of published rows: {type(e).__name__} {e}') from e
