@@ -348,7 +348,7 @@ def collectives(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlappe
         if calls and times: found.append(Overlapped(calls, behind, times, part))
     return found
 
-# %% ../../nbs/81_scale.cluster.ipynb #step-time
+# %% ../../nbs/81_scale.cluster.ipynb #step-class
 class Traffic(NamedTuple):
     "Bytes that one GPU sends in a step"
     what:str        # weights, gradients, stream, keys and values
@@ -368,6 +368,7 @@ class StepTime:
     hfu:float                         # the same with what is recomputed
     traffic:list[Traffic]
 
+# %% ../../nbs/81_scale.cluster.ipynb #traffic-of
 def traffic(groups:list[Overlapped], per_node:int=8)->list[Traffic]:
     "Bytes by what is sent, collective and link"
     found = {}
@@ -421,13 +422,15 @@ def job_of(config:RunConfig,
     groups = layout.replicate*layout.shard//layout.context*t.micro_batch_size
     passes, rest = divmod(config.data.batch_size, groups)
     if rest:
-        raise UserError(f'{groups} sequences at a time do not divide data.batch_size {config.data.batch_size}')
+        raise UserError(f'{groups} sequences at a time do not divide data.batch_size '
+                        f'{config.data.batch_size}')
     shape = Shape(c.dim, c.n_layers, c.n_heads, c.n_heads, c.ffn_dim, c.vocab_size)
     last = c.dim*c.ffn_dim/shape.block_params if layout.tensor == 1 else 0
     repeated = 1 - last if t.recompute == 'full' else None
     kernels = 'eager' if t.compile == 'off' else 'compiled'
     return Job(shape, layout, config.data.seq_len, t.micro_batch_size, passes, t.recompute, repeated, kernels)
 
+# %% ../../nbs/81_scale.cluster.ipynb #step-time
 def step_time(config:RunConfig,
               cluster:Cluster,
               layout:Layout=None, # the run file's if None
@@ -464,6 +467,7 @@ class Published:
     def predict(self, constants:Constants=CONSTANTS)->float: # tokens per second per GPU
         return job_time(self.job, self.cluster, constants).tokens_per_second_per_gpu
 
+# %% ../../nbs/81_scale.cluster.ipynb #published-rows
 def _numbers(row:dict, *names)->dict[str, int]: return {name: int(row[name]) for name in names}
 
 def _published(row:dict)->Published:
