@@ -2,11 +2,11 @@
 
     python benchmarks/calibrate.py          # writes published_fit.csv, prints the constants for the page
 
-Least squares of ln(predicted / published), with a loss that grows like |x| above 5 %, so that one odd row does
-not bend the rest. Each constant has a prior, which weighs as much as one row: what one would say before having
-seen a row. The paper's own four rows count three times (`weight`). Nothing depends on the name of a model or of
-a source. It begins at the page's constants, and takes half a minute. Leaving a row out goes by the slopes of
-the whole fit; leaving a source out is a fit of its own.
+Least squares of ln(predicted / published), with a loss that grows like |x| above 5 %, so that one odd row
+does not bend the rest. Each constant has a prior, which weighs as much as one row: what one would say
+before having seen a row. The paper's own four rows count three times (`weight`). Nothing depends on the
+name of a model or of a source. It begins at the page's constants, and takes half a minute. Leaving a row
+out goes by the slopes of the whole fit; leaving a source out is a fit of its own.
 """
 import csv, math, sys
 from pathlib import Path

@@ -26,7 +26,8 @@ def eager(name, *settings): return run_of(name, '--train.compile', 'off', *setti
 WORKER = Path(__file__).with_name('cluster_worker.py')
 SMALL = Shape(64, 5, 4, 4, 192, 256)               # cluster_worker.MODEL
 CASES = [((1, 4, 1), 'none', 2, 1), ((1, 4, 1), 'full', 2, 3), ((2, 4, 1), 'linear', 2, 2),
-         ((1, 1, 4), 'none', 2, 1), ((1, 1, 4), 'linear', 2, 2), ((1, 1, 4), 'full', 2, 1), ((2, 2, 2), 'linear', 2, 2),
+         ((1, 1, 4), 'none', 2, 1), ((1, 1, 4), 'linear', 2, 2), ((1, 1, 4), 'full', 2, 1),
+         ((2, 2, 2), 'linear', 2, 2),
          ((1, 1, 4), 'none', 2, 1, False), ((1, 2, 2), 'full', 1, 2, False)]
 
 @pytest.fixture(scope='module')
@@ -59,12 +60,14 @@ def test_the_trainer_sends_what_the_formula_says(case, issued):
     count, size = formula(*case)
     assert set(sizes) == set(size)
     for kind in sizes: assert sizes[kind] == pytest.approx(size[kind], rel=.005), kind
-    if case[0][2] == 1: assert counts == count        # the stream ends in calls of float32, here in twice as many
+    if case[0][2] == 1: assert counts == count        # the ends of the stream are fewer, of float32
 
 # --- collectives --------------------------------------------------------------------------------
 
+GROUPS = [(1, 1), (2, 1), (8, 1), (16, 1), (2048, 1), (32, 8), (4, 2), (256, 8)]
+
 @pytest.mark.parametrize('kind', ['all_gather', 'reduce_scatter', 'all_reduce'])
-@pytest.mark.parametrize('ranks, apart', [(1, 1), (2, 1), (8, 1), (16, 1), (2048, 1), (32, 8), (4, 2), (256, 8)])
+@pytest.mark.parametrize('ranks, apart', GROUPS)
 def test_a_rank_sends_all_but_its_own_part(kind, ranks, apart):
     call = Collective('', kind, 1e9, ranks, apart)
     whole = 2 if kind == 'all_reduce' else 1
@@ -113,7 +116,7 @@ def test_parts_add_up_and_none_is_negative():
         assert all(t.bytes > 0 for t in step.traffic)
 
 def test_better_machines_are_not_slower():
-    for layout in (Layout(shard=64), Layout(8, 8), Layout(1, 8, 8), Layout(8, 8, zero=1), Layout(shard=64, zero=2)):
+    for layout in (Layout(1, 64), Layout(8, 8), Layout(1, 8, 8), Layout(8, 8, zero=1), Layout(1, 64, zero=2)):
         for recompute in ('none', 'linear', 'selective', 'full'):
             one = job(layout, recompute=recompute)
             base = speed(one)
@@ -168,7 +171,8 @@ def test_published_rows_are_met(stack, rows):
     assert median(abs(out/row.published - 1) for row, out in mine) <= .10
 
 def test_the_paper_is_met(rows):
-    hours = {'7B': (82_432, 1e12), '13B': (135_168, 1e12), '33B': (530_432, 1.4e12), '65B': (1_022_362, 1.4e12)}
+    hours = {'7B': (82_432, 1e12), '13B': (135_168, 1e12),
+             '33B': (530_432, 1.4e12), '65B': (1_022_362, 1.4e12)}
     for row in rows:
         name = row.model.removeprefix('LLaMA-')
         if name == row.model: continue

@@ -489,5 +489,5 @@ def published_rows(path)->list[Published]:
     try:
         with open(path, newline='', encoding='utf-8') as f:
             return [_published(row) for row in csv.DictReader(f)]
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f'{path} is no file of published rows: {type(e).__name__} {e}') from e
