@@ -7,10 +7,10 @@ __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOS
            'Layout', 'Shape', 'Job', 'Constants', 'powered_flops', 'matmul_seconds', 'BlockTime', 'cheap_again',
            'block_time', 'loss_seconds', 'compute_parts', 'Overlapped', 'call_seconds', 'exposed_seconds',
            'stream_calls', 'collectives', 'Traffic', 'StepTime', 'traffic', 'model_flops', 'job_time', 'job_of',
-           'step_time']
+           'step_time', 'Published', 'published_rows']
 
 # %% ../../nbs/81_scale.cluster.ipynb #imports
-import math
+import csv, math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 from ..config import RunConfig, degrees
@@ -79,11 +79,11 @@ class Collective:
         if g == self.ranks: return {'NVLink': total}
         return {'NVLink': total*(g - 1)/g, 'network': total/g}
 
-    def steps(self, per_node:int)->float: # hops one after another
-        "On a ring; on a ring in each machine and a tree over machines for an all-reduce"
-        g = self.in_node(per_node)
-        if self.kind == 'all_reduce': return 2*(g - 1 + math.log2(self.ranks/g))
-        return 1 if self.kind == 'send' else self.ranks - 1
+    @property
+    def hops(self)->int:
+        "One after another"
+        if self.kind == 'send': return 1
+        return (2 if self.kind == 'all_reduce' else 1)*(self.ranks - 1)
 
 # %% ../../nbs/81_scale.cluster.ipynb #layout
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def call_seconds(call:Collective, cluster:Cluster, k:Constants=CONSTANTS)->tuple
     "Seconds of sending, the slower link deciding, and of latency"
     speeds = {'NVLink': cluster.gpu.link*k.link, 'network': cluster.network*k.network}
     sent = call.sent(cluster.gpus_per_node)
-    return max(sent[link]/speeds[link] for link in sent), k.latency*call.steps(cluster.gpus_per_node)
+    return max(sent[link]/speeds[link] for link in sent), k.latency*call.hops
 
 def exposed_seconds(group:Overlapped, cluster:Cluster, k:Constants=CONSTANTS)->float: # of a step
     "What of the collectives does not hide"
@@ -430,3 +430,38 @@ def step_time(config:RunConfig,
     job = job_of(config, cluster.gpus, layout)
     if cluster.stack == 'megatron': job = replace(job, kernels='fused')
     return job_time(job, cluster, constants)
+
+# %% ../../nbs/81_scale.cluster.ipynb #rows
+@dataclass(frozen=True)
+class Published:
+    "A published throughput and the job that it belongs to"
+    model:str
+    source:str
+    published:float    # tokens per second per GPU
+    weight:float       # in the fit
+    job:Job
+    cluster:Cluster
+
+    def predict(self, constants:Constants=CONSTANTS)->float: # tokens per second per GPU
+        return job_time(self.job, self.cluster, constants).tokens_per_second_per_gpu
+
+def _numbers(row:dict, *names)->dict[str, int]: return {name: int(row[name]) for name in names}
+
+def _published(row:dict)->Published:
+    shape = Shape(**_numbers(row, 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim', 'vocab'), block=row['block'])
+    ranks = _numbers(row, 'replicate', 'shard', 'tensor', 'zero', 'pipeline', 'virtual', 'context')
+    layout = Layout(**ranks, async_tensor=row['async_tensor'] == '1')
+    repeated = float(row['repeated']) if row['repeated'] else None
+    numbers = _numbers(row, 'seq_len', 'micro_batch', 'passes', 'reduce_bytes')
+    job = Job(shape, layout, recompute=row['recompute'], repeated=repeated, kernels=row['kernels'], **numbers)
+    network = float(row['network_gbit'])*1e9/8
+    cluster = Cluster(choose(GPUS, row['gpu'], 'GPU'), int(row['gpus']), network=network, stack=row['stack'])
+    speed, weight = float(row['tokens_per_s_per_gpu']), float(row['weight'])
+    return Published(row['model'], row['source'], speed, weight, job, cluster)
+
+def published_rows(path)->list[Published]:
+    "The rows of a file like benchmarks/published_throughput.csv. Raises `UserError` for one that is not"
+    try:
+        with open(path, newline='', encoding='utf-8') as f: return [_published(row) for row in csv.DictReader(f)]
+    except (OSError, KeyError, ValueError) as e:
+        raise UserError(f'{path} is no file of published rows: {type(e).__name__} {e}') from e
