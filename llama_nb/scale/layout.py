@@ -42,7 +42,8 @@ def layouts(run:RunConfig, gpus:int,
         for replicate in divisors(gpus//tensor):
             for micro in divisors(each):
                 sizes = replicate, gpus//tensor//replicate, tensor, micro
-                if _agrees(sizes, fixed): yield from (laid_out(run, *sizes, mode) for mode in modes)
+                if not _agrees(sizes, fixed): continue
+                yield from (laid_out(run, *sizes, mode) for mode in modes)
 
 def _agrees(sizes, fixed)->bool:
     names = 'replicate', 'shard', 'tensor', 'micro_batch'
@@ -57,11 +58,11 @@ def check_layout(run:RunConfig, gpus:int):
     each, rest = divmod(batch, groups)
     if rest:
         near = max(n for n in divisors(batch) if n <= groups)*tensor
-        raise UserError(f'{batch:,} sequences per step cannot be shared by {groups:,} groups of {tensor} GPUs; '
-                        f'take {near:,} GPUs, or another batch')
+        raise UserError(f'{batch:,} sequences per step cannot be shared by {groups:,} groups of {tensor} '
+                        f'GPUs; take {near:,} GPUs, or another batch')
     if each % micro:
-        raise UserError(f'a micro-batch of {micro} does not divide the {each} sequences per step of each group; '
-                        f'choose from {divisors(each)}')
+        raise UserError(f'a micro-batch of {micro} does not divide the {each} sequences per step of each '
+                        f'group; choose from {divisors(each)}')
     if run.parallel.sequence and run.data.seq_len % tensor:
         raise UserError(f'sequences of {run.data.seq_len} cannot be divided by {tensor} tensor ranks; '
                         'set parallel.sequence to False')
