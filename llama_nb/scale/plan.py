@@ -335,7 +335,7 @@ def answer(o # the options of `llama-nb plan`
     best = fastest(run, cluster)
     run = _asked_layout(o, run, cluster, best)
     if o.suggest and not best:
-        raise UserError('no layout fits, so there is none to suggest; the plan alone says what would')
+        raise UserError("no layout fits, so there is none to suggest; the plan alone says what would")
     assumed = Assumptions(o.gpu_hours_per_failure, o.restart_minutes, o.storage, pue=o.pue, carbon=o.carbon)
     facts = plan(run, cluster, assumed, best)
     if o.figure: save_figure(facts, o.figure)
