@@ -8,9 +8,9 @@ import pytest
 from conftest import ENV
 from llama_nb.config import load_run
 from llama_nb.core import UserError
-from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, Job, Layout, Shape, block_time,
-                                    call_seconds, collectives, exposed_seconds, job_of, job_time, matmul_seconds,
-                                    published_rows, step_time, tokens_to_hide)
+from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, Job, Layout, Shape,
+                                    collectives, job_of, job_time, matmul_seconds, published_rows, step_time,
+                                    tokens_to_hide)
 from llama_nb.scale.flops import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,14 +25,15 @@ def eager(name, *settings): return run_of(name, '--train.compile', 'off', *setti
 
 WORKER = Path(__file__).with_name('cluster_worker.py')
 SMALL = Shape(64, 5, 4, 4, 192, 256)               # cluster_worker.MODEL
-CASES = [((1, 4, 1), 'none', 2, 1), ((1, 4, 1), 'full', 2, 3), ((2, 4, 1), 'linear', 2, 2), ((1, 1, 4), 'none', 2, 1),
-         ((1, 1, 4), 'linear', 2, 2), ((1, 1, 4), 'full', 2, 1), ((2, 2, 2), 'linear', 2, 2),
+CASES = [((1, 4, 1), 'none', 2, 1), ((1, 4, 1), 'full', 2, 3), ((2, 4, 1), 'linear', 2, 2),
+         ((1, 1, 4), 'none', 2, 1), ((1, 1, 4), 'linear', 2, 2), ((1, 1, 4), 'full', 2, 1),
+         ((2, 2, 2), 'linear', 2, 2),
          ((1, 1, 4), 'none', 2, 1, False), ((1, 2, 2), 'full', 1, 2, False)]
 
 @pytest.fixture(scope='module')
 def issued():
-    done = subprocess.run([sys.executable, WORKER, json.dumps(CASES)], env=ENV, capture_output=True, text=True,
-                          timeout=120)
+    run = [sys.executable, WORKER, json.dumps(CASES)]
+    done = subprocess.run(run, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -57,20 +58,16 @@ def test_the_trainer_sends_what_the_formula_says(case, issued):
         counts[kind] += 1
         sizes[kind] += size
     count, size = formula(*case)
-    if case[0][2] > 1:                             # the stream: each kind of call as often as the other
-        assert sum(counts.values()) == pytest.approx(sum(count.values()))
-        assert sum(s/(1 + (k == 'all_reduce')) for k, s in sizes.items()) > 0
-        total = {k: s*(2 if k == 'all_reduce' else 1) for k, s in sizes.items()}
-        expected = {k: s*(2 if k == 'all_reduce' else 1) for k, s in size.items()}
-        assert sum(total.values()) == pytest.approx(sum(expected.values()), rel=.01)
-    else:
-        assert counts == count
-        for kind in counts: assert sizes[kind] == pytest.approx(size[kind], rel=.005)
+    assert set(sizes) == set(size)
+    for kind in sizes: assert sizes[kind] == pytest.approx(size[kind], rel=.005), kind
+    if case[0][2] == 1: assert counts == count        # the ends of the stream are fewer, of float32
 
 # --- collectives --------------------------------------------------------------------------------
 
+GROUPS = [(1, 1), (2, 1), (8, 1), (16, 1), (2048, 1), (32, 8), (4, 2), (256, 8)]
+
 @pytest.mark.parametrize('kind', ['all_gather', 'reduce_scatter', 'all_reduce'])
-@pytest.mark.parametrize('ranks, apart', [(1, 1), (2, 1), (8, 1), (16, 1), (2048, 1), (32, 8), (4, 2), (256, 8)])
+@pytest.mark.parametrize('ranks, apart', GROUPS)
 def test_a_rank_sends_all_but_its_own_part(kind, ranks, apart):
     call = Collective('', kind, 1e9, ranks, apart)
     whole = 2 if kind == 'all_reduce' else 1
@@ -104,7 +101,8 @@ def test_flops_are_those_of_the_page_of_flops(name):
 
 # --- the step -----------------------------------------------------------------------------------
 
-def job(layout=Layout(shard=8), micro=4, passes=1, **more): return Job(SHAPE, layout, 2048, micro, passes, **more)
+SHARDED = Layout(shard=8)
+def job(layout=SHARDED, micro=4, passes=1, **more): return Job(SHAPE, layout, 2048, micro, passes, **more)
 def speed(job, gpu=A100, **cluster):
     return job_time(job, Cluster(gpu, job.layout.ranks, **cluster)).tokens_per_second_per_gpu
 
@@ -118,7 +116,7 @@ def test_parts_add_up_and_none_is_negative():
         assert all(t.bytes > 0 for t in step.traffic)
 
 def test_better_machines_are_not_slower():
-    for layout in (Layout(shard=64), Layout(8, 8), Layout(1, 8, 8), Layout(8, 8, zero=1), Layout(shard=64, zero=2)):
+    for layout in (Layout(1, 64), Layout(8, 8), Layout(1, 8, 8), Layout(8, 8, zero=1), Layout(1, 64, zero=2)):
         for recompute in ('none', 'linear', 'selective', 'full'):
             one = job(layout, recompute=recompute)
             base = speed(one)
@@ -146,8 +144,8 @@ def test_one_gpu_sends_nothing():
     assert step.exposed == 0 and step.traffic == []
 
 def test_a_pipeline_waits():
-    shallow, deep = (job_time(job(Layout(pipeline=4, virtual=v, zero=1), 1, 8), Cluster(H100, 4, stack='megatron'))
-                     for v in (4, 1))
+    cluster = Cluster(H100, 4, stack='megatron')
+    shallow, deep = (job_time(job(Layout(pipeline=4, virtual=v, zero=1), 1, 8), cluster) for v in (4, 1))
     assert deep.parts['bubble'] == pytest.approx(4*shallow.parts['bubble'])
     assert deep.parts['bubble']/(deep.compute - deep.parts['optimizer']) == pytest.approx(3/8)
 
@@ -165,14 +163,16 @@ def rows(): return published_rows(BENCHMARKS/'published_throughput.csv')
 
 @pytest.mark.parametrize('stack', ['pytorch', 'megatron'])
 def test_published_rows_are_met(stack, rows):
-    with open(BENCHMARKS/'published_fit.csv', newline='') as f: left_out = [float(r['without_the_row']) for r in csv.DictReader(f)]
+    with open(BENCHMARKS/'published_fit.csv', newline='') as f:
+        left_out = [float(line['without_the_row']) for line in csv.DictReader(f)]
     mine = [(row, out) for row, out in zip(rows, left_out, strict=True) if row.cluster.stack == stack]
     fitted = [abs(row.predict()/row.published - 1) for row, _ in mine]
     assert median(fitted) <= .08 and max(fitted) <= .25
     assert median(abs(out/row.published - 1) for row, out in mine) <= .10
 
 def test_the_paper_is_met(rows):
-    hours = {'7B': (82_432, 1e12), '13B': (135_168, 1e12), '33B': (530_432, 1.4e12), '65B': (1_022_362, 1.4e12)}
+    hours = {'7B': (82_432, 1e12), '13B': (135_168, 1e12),
+             '33B': (530_432, 1.4e12), '65B': (1_022_362, 1.4e12)}
     for row in rows:
         name = row.model.removeprefix('LLaMA-')
         if name == row.model: continue
@@ -204,18 +204,27 @@ def test_constants_are_in_a_physical_range():
 def test_every_row_has_a_source_and_says_what_was_assumed():
     with open(BENCHMARKS/'published_throughput.csv', newline='') as f: lines = [*csv.DictReader(f)]
     assert len(lines) == 77 and all(line['source'] and line['status'] for line in lines)
-    assert all(line['assumed'] for line in lines if line['model'].startswith(('LLaMA-', 'InternLM', 'Llama3.1-405B')))
+    unsaid = 'LLaMA-', 'InternLM', 'Llama3.1-405B'
+    assert all(line['assumed'] for line in lines if line['model'].startswith(unsaid))
 
 # --- mistakes -----------------------------------------------------------------------------------
 
-MISTAKES = [(lambda: Cluster(A100, 0), 'cluster.gpus'), (lambda: Cluster(A100, 8, network=-1), 'cluster.network'),
-            (lambda: Cluster(A100, 8, network=math.inf), 'cluster.network'), (lambda: Cluster(A100, 8, stack='jax'), 'stack'),
-            (lambda: job(recompute='some'), 'recompute mode'), (lambda: job(kernels='fast'), 'kind of kernels'),
-            (lambda: job_time(job(), Cluster(A100, 16)), 'for 8 GPUs'), (lambda: step_time(run_of('7B'), Cluster(A100, 100)), '100 ranks'),
-            (lambda: step_time(run_of('7B', '--train.recompute', 'budget'), Cluster(A100, 512)), 'budget'),
-            (lambda: step_time(run_of('7B', '--train.dtype', 'float32'), Cluster(A100, 512)), 'bfloat16'),
-            (lambda: step_time(run_of('7B', '--parallel.replicate', '1'), Cluster(A100, 24)), 'data.batch_size'),
-            (lambda: published_rows(ROOT/'nothing.csv'), 'nothing.csv'), (lambda: published_rows(ROOT/'README.md'), 'README.md')]
+def step_of(gpus, *settings): return step_time(run_of('7B', *settings), Cluster(A100, gpus))
+
+MISTAKES = [(lambda: Cluster(A100, 0), 'cluster.gpus'),
+            (lambda: Cluster(A100, 8, network=-1), 'cluster.network'),
+            (lambda: Cluster(A100, 8, network=math.inf), 'cluster.network'),
+            (lambda: Cluster(A100, 8, network=math.nan), 'cluster.network'),
+            (lambda: Cluster(A100, 8, stack='jax'), 'stack'),
+            (lambda: job(recompute='some'), 'recompute mode'),
+            (lambda: job(kernels='fast'), 'kind of kernels'),
+            (lambda: job_time(job(), Cluster(A100, 16)), 'for 8 GPUs'),
+            (lambda: step_of(100), '100 ranks'),
+            (lambda: step_of(512, '--train.recompute', 'budget', '--train.compile', 'blocks'), 'budget'),
+            (lambda: step_of(512, '--train.dtype', 'float32'), 'bfloat16'),
+            (lambda: step_of(24, '--parallel.replicate', '3'), 'data.batch_size'),
+            (lambda: published_rows(ROOT/'nothing.csv'), 'nothing.csv'),
+            (lambda: published_rows(ROOT/'README.md'), 'README.md')]
 
 @pytest.mark.parametrize('action, words', MISTAKES, ids=[words for _, words in MISTAKES])
 def test_a_mistake_is_one_line(action, words):

@@ -7,7 +7,7 @@ __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOS
            'Layout', 'Shape', 'Job', 'Constants', 'powered_flops', 'matmul_seconds', 'BlockTime', 'cheap_again',
            'block_time', 'loss_seconds', 'compute_parts', 'Overlapped', 'call_seconds', 'exposed_seconds',
            'stream_calls', 'collectives', 'Traffic', 'StepTime', 'traffic', 'model_flops', 'job_time', 'job_of',
-           'step_time', 'Published', 'published_rows']
+           'step_time', 'tokens_to_hide', 'Published', 'published_rows']
 
 # %% ../../nbs/81_scale.cluster.ipynb #imports
 import csv, math
@@ -40,7 +40,8 @@ GPUS = {gpu.name: gpu for gpu in [
     Gpu('H200', 141e9, 989e12, 4.8e12, 450e9, 700, 700, 'Hopper', _H200)]}
 
 # %% ../../nbs/81_scale.cluster.ipynb #cluster
-STACKS = {'pytorch': 'FSDP2 and DTensor, as this package', 'megatron': 'Megatron-Core with Transformer Engine'}
+STACKS = {'pytorch': 'FSDP2 and DTensor, as in this package',
+          'megatron': 'Megatron-Core with Transformer Engine'}
 
 @dataclass(frozen=True)
 class Cluster:
@@ -58,8 +59,7 @@ class Cluster:
             if not 0 < value < math.inf: raise UserError(f'cluster.{name} must be above 0, not {value}')
 
 # %% ../../nbs/81_scale.cluster.ipynb #collective
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     "One call that ranks make together"
     what:str     # weights, gradients, stream
     kind:str     # all_gather, reduce_scatter, all_reduce, send
@@ -180,8 +180,9 @@ def powered_flops(gpu:Gpu, k:Constants)->float: # FLOP/s
 
 # %% ../../nbs/81_scale.cluster.ipynb #constants
 CONSTANTS = Constants(
-    ampere=0.734, hopper=0.6615, megatron=0.795, power=0.2545, stream=0.5337, link=0.7342, network=0.5518,
-    latency=4.781e-06, overlap=0.9466, overlap_tensor=0.4442)
+    ampere=0.7551, hopper=0.6682, megatron=0.8013, power=0.271,
+    stream=0.5115, link=0.7109, network=0.5691, latency=4.597e-06,
+    overlap=0.949, overlap_tensor=0.5409)
 
 # FlashAttention, share of the peak: papers of FlashAttention-2 (Ampere, Hopper) and -3 (Megatron on Hopper)
 ATTENTION = {('pytorch', 'Ampere'): .6, ('pytorch', 'Hopper'): .35,
@@ -212,8 +213,8 @@ class BlockTime(NamedTuple):
         return once + job.repeated*again + cheap_again(job)*self.cheap
 
 def cheap_again(job:Job)->float:
-    "Share of the element-wise work that is repeated; `linear` repeats nothing else"
-    return 1. if job.recompute == 'linear' else job.repeated
+    "Share of the element-wise work that is repeated; `linear` repeats norms and gate, two thirds"
+    return 2/3 if job.recompute == 'linear' else job.repeated
 
 # %% ../../nbs/81_scale.cluster.ipynb #block-seconds
 def block_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
@@ -223,7 +224,7 @@ def block_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
     sizes += s.gates*[(s.dim, s.ffn_dim/n)]
     linear = sum(matmul_seconds(rows, inner, columns, cluster, k) for inner, columns in sizes)
     share = ATTENTION[cluster.stack, cluster.gpu.generation]
-    scores = 2*rows*job.seq_len*s.dim/n                              # two multiplications, half of them masked
+    scores = 2*rows*job.seq_len*s.dim/n                              # two multiplications, half masked
     attention = scores/(share*powered_flops(cluster.gpu, k))
     norms, rotation, gate = CHEAP[s.block, job.kernels == 'eager']
     whole = 1 if job.layout.sequence else n                          # norms on all positions
@@ -252,10 +253,9 @@ def compute_parts(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->dict[str, fl
             'optimizer': state/(cluster.gpu.bandwidth*k.stream)}
 
 # %% ../../nbs/81_scale.cluster.ipynb #overlap
-@dataclass(frozen=True)
-class Overlapped:
+class Overlapped(NamedTuple):
     "Collectives that run beside computation"
-    calls:tuple            # of `Collective`
+    calls:list             # of `Collective`
     behind:float           # seconds of computation they may hide behind; 0: nothing
     times:float            # in a step
     part:str               # tensor, data, context, pipeline
@@ -275,73 +275,80 @@ def exposed_seconds(group:Overlapped, cluster:Cluster, k:Constants=CONSTANTS)->f
     return group.times*(rest + waiting)
 
 # %% ../../nbs/81_scale.cluster.ipynb #fsdp
-def _fsdp(job:Job, block:BlockTime)->list[Overlapped]:
+def _fsdp_calls(job:Job, params:int)->tuple[Collective, Collective, Collective]:
+    "Gather, scatter and sum over replicas of a group of parameters"
+    layout, n = job.layout, job.layout.tensor
+    gradients = job.reduce_bytes*params/n
+    return (Collective('weights', 'all_gather', 2*params/n, layout.shard, n),
+            Collective('gradients', 'reduce_scatter', gradients, layout.shard, n),
+            Collective('gradients', 'all_reduce', gradients/layout.shard, layout.replicate, n*layout.shard))
+
+def _fsdp(job:Job, block:BlockTime)->list[tuple]:
     "Stages 2 and 3 of ZeRO"
-    layout, s, n = job.layout, job.shape, job.layout.tensor
-    def calls(params, gathers, sums):
-        gather = Collective('weights', 'all_gather', 2*params/n, layout.shard, n)
-        scatter = Collective('gradients', 'reduce_scatter', job.reduce_bytes*params/n, layout.shard, n)
-        part = job.reduce_bytes*params/n/layout.shard
-        reduce = Collective('gradients', 'all_reduce', part, layout.replicate, n*layout.shard)
-        return (gather,)*gathers + (scatter,) + (reduce,)*sums
-    forward, backward = block.forward(), block.backward(job)
-    gathers, L, B, R = int(layout.zero == 3), s.layers, s.block_params, s.root_params
-    found = [Overlapped(calls(B, 1, 0)[:1], forward, job.passes*L, 'data'),
-             Overlapped(calls(R, 1, 0)[:1], 0, job.passes, 'data')]
-    for times, sums in ((job.passes - 1, 0), (1, 1)):                # replicas sum in the last pass
-        found += [Overlapped(calls(B, gathers, sums), backward, times*(L - 1), 'data'),
-                  Overlapped(calls(B, 0, sums), backward, times, 'data'),
-                  Overlapped(calls(R, 0, sums), 0, times, 'data')]
+    layers, passes, backward = job.shape.layers, job.passes, block.backward(job)
+    gather, scatter, reduce = _fsdp_calls(job, job.shape.block_params)
+    root = _fsdp_calls(job, job.shape.root_params)
+    again = [gather] if job.layout.zero == 3 else []
+    found = [([gather], block.forward(), passes*layers, 'data'), ([root[0]], 0, passes, 'data')]
+    for times, sums in ((passes - 1, []), (1, [reduce])):            # replicas sum in the last pass
+        last = [root[2]] if sums else []
+        found += [([*again, scatter, *sums], backward, times*(layers - 1), 'data'),
+                  ([scatter, *sums], backward, times, 'data'), ([root[1], *last], 0, times, 'data')]
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #zero-one
-def _zero_one(job:Job, block:BlockTime, early:bool)->list[Overlapped]:
+def _zero_one(job:Job, block:BlockTime, early:bool)->list[tuple]:
     "Stage 1: one reduction of the gradients per step, and one gather of the new weights"
     layout, s, n = job.layout, job.shape, job.layout.tensor
-    ranks, layers = layout.replicate*layout.shard, s.layers/layout.pipeline
+    ranks, layers, pieces = layout.replicate*layout.shard, s.layers/layout.pipeline, 1 if early else 9
     kind = 'all_reduce' if layout.replicate > 1 else 'reduce_scatter'
     found = []
     for params, times in ((s.block_params, layers), (s.root_params, 1/layout.pipeline)):
         reduce = Collective('gradients', kind, job.reduce_bytes*params/n, ranks, n)
-        found.append(Overlapped((reduce,), block.backward(job), times, 'data'))
-        pieces = 1 if early else 9                                   # the tensors of a block
         gather = Collective('weights', 'all_gather', 2*params/n/pieces, layout.shard, n)
-        found.append(Overlapped((gather,), block.forward() if early else 0, times*pieces, 'data'))
+        found += [([reduce], block.backward(job), times, 'data'),
+                  ([gather], block.forward() if early else 0, times*pieces, 'data')]
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #tensor
-def stream_calls(job:Job)->float:
-    "Gathers and scatters of the stream, per block and micro-batch"
-    return 8 + (2 if job.recompute == 'linear' else 4*job.repeated)
+def stream_calls(job:Job)->tuple[float, float]: # gathers, scatters
+    "Of the stream, per block and micro-batch"
+    if job.recompute == 'linear': return 6, 4
+    return 4 + 2*job.repeated, 4 + 2*job.repeated
 
-def _within_layers(job:Job, block:BlockTime)->list[Overlapped]:
-    "Tensor, context and pipeline parallelism"
-    layout, s, stream = job.layout, job.shape, 2*job.tokens*job.shape.dim
-    layers, n = s.layers/layout.pipeline, layout.tensor
-    kind, pair = ('all_gather', 1) if layout.sequence else ('all_reduce', 2)
-    share = Collective('stream', kind, stream, n)
+def _stream(job:Job, block:BlockTime)->list[tuple]:
+    "Tensor parallelism; embedding and loss are worth three more of each"
+    layout, size = job.layout, 2*job.tokens*job.shape.dim
+    layers, behind = job.shape.layers/layout.pipeline, block.linear if layout.async_tensor else 0
+    gathers, scatters = (job.passes*(layers*count + 3) for count in stream_calls(job))
+    calls = {'all_gather': gathers, 'reduce_scatter': scatters}
+    if not layout.sequence: calls = {'all_reduce': (gathers + scatters)/2}
+    return [([Collective('stream', kind, size, layout.tensor)], behind, times, 'tensor')
+            for kind, times in calls.items()]
+
+# %% ../../nbs/81_scale.cluster.ipynb #collectives
+def _pipeline_and_context(job:Job, block:BlockTime)->list[tuple]:
+    layout, s, n = job.layout, job.shape, job.layout.tensor
+    layers = s.layers/layout.pipeline
     whole = 4*job.tokens*layout.context*s.kv_dim/n
     keys = Collective('keys and values', 'all_gather', whole, layout.context, n)
-    send = Collective('stream', 'send', stream/n, 2)
+    send = Collective('stream', 'send', 2*job.tokens*s.dim/n, layout.pipeline)
     chunk = layers/layout.virtual*block.forward()
-    behind = block.linear if layout.async_tensor else 0
-    found = [(share, behind, job.passes*(layers*stream_calls(job) + 6)/pair, 'tensor', n),
-             (keys, block.attention, 3*job.passes*layers, 'context', layout.context),
-             (send, chunk, 2*job.passes*layout.virtual, 'pipeline', layout.pipeline)]
-    return [Overlapped((call,), *rest) for call, *rest, ranks in found if ranks > 1]
+    return [([keys], block.attention, 3*job.passes*layers, 'context'),
+            ([send], chunk, 2*job.passes*layout.virtual, 'pipeline')]
 
 def collectives(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlapped]:
     "All that a rank sends in a step, with what it hides behind"
-    block, layout = block_time(job, cluster, k), job.layout
-    if layout.zero == 1: data = _zero_one(job, block, cluster.stack == 'megatron')
+    block, found = block_time(job, cluster, k), []
+    if job.layout.zero == 1: groups = _zero_one(job, block, cluster.stack == 'megatron')
     else:
-        data = _fsdp(job, block)
-    alone = lambda group: all(call.ranks == 1 for call in group.calls)
-    groups = [replace(group, calls=tuple(call for call in group.calls if call.ranks > 1))
-              for group in data + _within_layers(job, block) if not alone(group)]
-    return [group for group in groups if group.times]
+        groups = _fsdp(job, block)
+    for calls, behind, times, part in groups + _stream(job, block) + _pipeline_and_context(job, block):
+        calls = [call for call in calls if call.ranks > 1]
+        if calls and times: found.append(Overlapped(calls, behind, times, part))
+    return found
 
-# %% ../../nbs/81_scale.cluster.ipynb #step-time
+# %% ../../nbs/81_scale.cluster.ipynb #step-class
 class Traffic(NamedTuple):
     "Bytes that one GPU sends in a step"
     what:str        # weights, gradients, stream, keys and values
@@ -361,6 +368,7 @@ class StepTime:
     hfu:float                         # the same with what is recomputed
     traffic:list[Traffic]
 
+# %% ../../nbs/81_scale.cluster.ipynb #traffic-of
 def traffic(groups:list[Overlapped], per_node:int=8)->list[Traffic]:
     "Bytes by what is sent, collective and link"
     found = {}
@@ -414,13 +422,15 @@ def job_of(config:RunConfig,
     groups = layout.replicate*layout.shard//layout.context*t.micro_batch_size
     passes, rest = divmod(config.data.batch_size, groups)
     if rest:
-        raise UserError(f'{groups} sequences at a time do not divide data.batch_size {config.data.batch_size}')
+        raise UserError(f'{groups} sequences at a time do not divide data.batch_size '
+                        f'{config.data.batch_size}')
     shape = Shape(c.dim, c.n_layers, c.n_heads, c.n_heads, c.ffn_dim, c.vocab_size)
     last = c.dim*c.ffn_dim/shape.block_params if layout.tensor == 1 else 0
     repeated = 1 - last if t.recompute == 'full' else None
     kernels = 'eager' if t.compile == 'off' else 'compiled'
     return Job(shape, layout, config.data.seq_len, t.micro_batch_size, passes, t.recompute, repeated, kernels)
 
+# %% ../../nbs/81_scale.cluster.ipynb #step-time
 def step_time(config:RunConfig,
               cluster:Cluster,
               layout:Layout=None, # the run file's if None
@@ -430,6 +440,18 @@ def step_time(config:RunConfig,
     job = job_of(config, cluster.gpus, layout)
     if cluster.stack == 'megatron': job = replace(job, kernels='fused')
     return job_time(job, cluster, constants)
+
+# %% ../../nbs/81_scale.cluster.ipynb #threshold
+def tokens_to_hide(cluster:Cluster,
+                   ranks:int, # of the shard group, neighbours
+                   reduce_bytes:int=4,
+                   k:Constants=CONSTANTS,
+                  )->float: # tokens per GPU in a pass
+    "From how many tokens on the backward pass is longer than FSDP's sending, latency and attention apart"
+    calls = [Collective('weights', 'all_gather', 2, ranks),
+             Collective('gradients', 'reduce_scatter', reduce_bytes, ranks)]
+    sending = sum(call_seconds(call, cluster, k)[0] for call in calls)   # seconds per parameter
+    return sending*k.rate(cluster)/4
 
 # %% ../../nbs/81_scale.cluster.ipynb #rows
 @dataclass(frozen=True)
@@ -445,15 +467,18 @@ class Published:
     def predict(self, constants:Constants=CONSTANTS)->float: # tokens per second per GPU
         return job_time(self.job, self.cluster, constants).tokens_per_second_per_gpu
 
+# %% ../../nbs/81_scale.cluster.ipynb #published-rows
 def _numbers(row:dict, *names)->dict[str, int]: return {name: int(row[name]) for name in names}
 
 def _published(row:dict)->Published:
-    shape = Shape(**_numbers(row, 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim', 'vocab'), block=row['block'])
+    sizes = _numbers(row, 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim', 'vocab')
+    shape = Shape(**sizes, block=row['block'])
     ranks = _numbers(row, 'replicate', 'shard', 'tensor', 'zero', 'pipeline', 'virtual', 'context')
     layout = Layout(**ranks, async_tensor=row['async_tensor'] == '1')
     repeated = float(row['repeated']) if row['repeated'] else None
     numbers = _numbers(row, 'seq_len', 'micro_batch', 'passes', 'reduce_bytes')
-    job = Job(shape, layout, recompute=row['recompute'], repeated=repeated, kernels=row['kernels'], **numbers)
+    job = Job(shape, layout, **numbers, repeated=repeated,
+              recompute=row['recompute'], kernels=row['kernels'])
     network = float(row['network_gbit'])*1e9/8
     cluster = Cluster(choose(GPUS, row['gpu'], 'GPU'), int(row['gpus']), network=network, stack=row['stack'])
     speed, weight = float(row['tokens_per_s_per_gpu']), float(row['weight'])
@@ -462,6 +487,7 @@ def _published(row:dict)->Published:
 def published_rows(path)->list[Published]:
     "The rows of a file like benchmarks/published_throughput.csv. Raises `UserError` for one that is not"
     try:
-        with open(path, newline='', encoding='utf-8') as f: return [_published(row) for row in csv.DictReader(f)]
-    except (OSError, KeyError, ValueError) as e:
+        with open(path, newline='', encoding='utf-8') as f:
+            return [_published(row) for row in csv.DictReader(f)]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f'{path} is no file of published rows: {type(e).__name__} {e}') from e
