@@ -43,7 +43,8 @@ def walk(run, interval, rng, total, tick):
         while written and written[0][0] <= elapsed: safe = written.pop(0)[1]
         if rng.random() < p:
             work, since, paused, down, written = safe, 0., 0., run.restart, []
-        elif down > 0: down -= tick
+        elif down > 0:
+            down -= tick
         elif paused > 0:
             paused -= tick
             if paused <= 0: written.append((elapsed + run.write, work))
