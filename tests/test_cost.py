@@ -40,7 +40,8 @@ def walk(run, interval, rng, total, tick):
     p = -math.expm1(-tick/run.mtbf)
     while elapsed < total:
         elapsed += tick
-        while written and written[0][0] <= elapsed: safe = written.pop(0)[1]
+        while written and written[0][0] <= elapsed:
+            safe = written.pop(0)[1]
         if rng.random() < p:
             work, since, paused, down, written = safe, 0., 0., run.restart, []
         elif down > 0:
