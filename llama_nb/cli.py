@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'Show', 'print_span', 'train',
-           'open_run', 'newest', 'Generate', 'Convert', 'usage', 'dispatch', 'main', 'program']
+           'open_run', 'newest', 'Generate', 'Convert', 'Plan', 'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import os, sys
@@ -211,9 +211,44 @@ class Convert:
         print(f'{path} -> {out}: {out.stat().st_size:,} bytes')
         return 0
 
+# %% ../nbs/92_cli.ipynb #plan-command
+@dataclass(frozen=True)
+class Plan:
+    "Compute memory, time, energy and failures of a run, and the fastest layout that fits"
+    run_path:tyro.conf.Positional[str]=''  # run file (TOML); or give --model
+    model:str=''                     # 7B, 13B, 33B, 65B, toy, or a TOML file with a [model] table
+    gpus:int=setting(0, zero=True, max=2**20)         # GPUs; 0: as many as the run file's layout says
+    gpu:str='A100-80GB'              # A100-40GB, A100-80GB, H100-80GB, H100-500W, H200
+    gpus_per_node:int=setting(8, max=2**20)           # GPUs of a machine, joined by NVLink
+    network:float=200.               # Gbit/s between machines, per GPU
+    stack:str='pytorch'              # pytorch, megatron
+    watts:float=setting(0., zero=True)                # power limit of a GPU; 0: its data sheet's
+    tokens:str=''                    # to train on, as 1.4T; default: the run file's, or Table 2's
+    batch_tokens:str=''              # per step, as 4M (4 x 1,024 x 1,024); default: the run file's, or 4M
+    seq_len:int=setting(0, zero=True, max=2**24)      # tokens in a sequence; 0: the run file's, or 2048
+    replicate:int=setting(0, zero=True, max=2**20)    # 0 here and below: the run file's, or the fastest
+    shard:int=setting(0, zero=True, max=2**20)        # ranks that share a state
+    tensor:int=setting(0, zero=True, max=2**20)       # ranks that share a matrix multiplication
+    micro_batch:int=setting(0, zero=True, max=2**20)  # sequences per pass
+    recompute:str=''                 # none, linear, full
+    gpu_hours_per_failure:float=45_000.               # the middle one of five published rates
+    restart_minutes:float=setting(15., zero=True)     # from a failure to the next step
+    storage:float=20.                # GB per second that the file system takes
+    pue:float=setting(1.1, min=1)    # power usage effectiveness of the building
+    carbon:float=setting(.385, zero=True)             # kg of CO2 per kWh
+    figure:str=''                    # file to draw into: .png, .svg or .pdf
+    suggest:str=''                   # run file to write with the fastest layout that fits
+    json:tyro.conf.UseCounterAction[int]=0            # for programs
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code: 0 if it fits, 1 if not
+        from llama_nb.scale.plan import answer
+        return answer(self)
+
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data show': Show,
-            'train': train, 'generate': Generate, 'convert': Convert}
+            'train': train, 'generate': Generate, 'convert': Convert, 'plan': Plan}
 
 def usage()->str:
     "What `llama-nb --help` prints"
