@@ -1,5 +1,5 @@
 "Tokenising at scale: the same bytes for any number of workers and after kills; provenance; joins; mistakes."
-import gzip, json, os, random, resource, signal, subprocess, sys, time
+import gzip, json, os, random, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -28,14 +28,14 @@ def some_doc(rng, name):
     return Document(some_text(rng), name, rng.choice(('', 'Wiki\tpedia')), f'https://x.org/{rng.random()}',
                     rng.choice(('', 'en')), rng.choice(('', 'MIT')), {'decisions': decisions, 'other': [1]})
 
-def write_folder(folder, seed, n_docs=300):
+def write_folder(folder, seed, n_docs=100):
     "Files of all kinds, some of them empty"
     rng = random.Random(seed)
     for i in range(6):
         ending = ('.jsonl', '.jsonl.gz', '.jsonl')[i % 3]
         docs = [some_doc(rng, f'{i}/{j} "ü"\n') for j in range(rng.choice((0, n_docs//4)) if i else n_docs)]
         write_jsonl(docs, folder/f'{i % 2}'/f'{i:02}{ending}')
-    for i in range(20): (folder/f'{i}.txt').write_text(some_text(rng))
+    for i in range(8): (folder/f'{i}.txt').write_text(some_text(rng))
     (folder/'empty.txt').write_text('')
     return folder
 
@@ -66,8 +66,8 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize('seed', range(6))
 def test_it_writes_what_one_process_writes(tmp_path, tokenizer, seed):
     rng = random.Random(seed)
-    texts = write_folder(tmp_path/'in', seed, rng.choice((40, 200)))
-    limit, unit = rng.choice((1, 50, 1000, 2**30)), rng.choice((1, 500, 5000, 2**25))
+    texts = write_folder(tmp_path/'in', seed, rng.choice((40, 80)))
+    limit, unit = rng.choice((1, 50, 1000, 2**30)), rng.choice((300, 3000, 2**25))
     wanted = reference(texts, tokenizer, tmp_path/'plain', limit)
     made, reading = tokenise(texts, tokenizer, tmp_path/'out', .1, limit, 1, unit)
     assert_same(both(tmp_path/'out'), wanted)
@@ -105,18 +105,17 @@ def calm(texts, tokenizer, tmp_path_factory):
     tokenise(texts, tokenizer, folder/'out', .1, 2000, 1, 3000)
     return both(folder/'out')
 
-@pytest.mark.parametrize('workers', [1, 2, 4])
+@pytest.mark.parametrize('workers', [1, 2])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(texts, tokenizer, calm, tmp_path, workers):
     out, rng = tmp_path/'out', random.Random(workers)
     def there(): return len([*out.glob('work/parts/*')]) + 100*len([*out.glob('work/packed/*')])
-    moments = (rng.randint(1, 12), 100*rng.randint(1, 8)) if workers == 2 else (rng.choice((3, 300)),)
-    for wanted in moments:
-        process = start(tmp_path, texts, tokenizer, out, workers)
-        end = time.monotonic() + 100
-        while process.poll() is None and there() < wanted and time.monotonic() < end: time.sleep(.001)
-        time.sleep(rng.random()*.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    wanted = 100*rng.randint(1, 6) if workers == 1 else rng.randint(1, 8)
+    process = start(tmp_path, texts, tokenizer, out, workers)
+    end = time.monotonic() + 100
+    while process.poll() is None and there() < wanted and time.monotonic() < end: time.sleep(.005)
+    time.sleep(rng.random()*.01)
+    if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     tokenise(texts, tokenizer, out, .1, 2000, 1, 3000)
     assert both(out) == calm
     assert sorted(p.name for p in out.iterdir()) == ['held_out', 'job.json', 'records', 'train']
@@ -144,8 +143,8 @@ def test_stopped_at_each_call_it_ends_with_the_same_bytes(texts, tokenizer, calm
             continue
     assert n >= 1 and both(out) == calm
 
-def test_several_workers_and_parts_that_go_early(texts, tokenizer, calm, tmp_path):
-    tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 3, 3000)
+def test_four_workers_leave_the_same_bytes(texts, tokenizer, calm, tmp_path):
+    tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 4, 3000)
     assert both(tmp_path/'out') == calm
 
 def test_parts_go_as_soon_as_their_shards_are_there(texts, tokenizer, tmp_path, monkeypatch):
@@ -161,7 +160,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts, tokenizer, tmp_p
     command = [sys.executable, '-m', 'llama_nb', 'data', tmp_path/'out', '--tokenizer', tokenizer.path, '--documents',
                tmp_path/'big', '--workers', '2']
     docs = [*topic_documents()]
-    for i in range(12): write_jsonl(docs*8, tmp_path/'big'/f'{i}.jsonl.gz')
+    for i in range(6): write_jsonl(docs*8, tmp_path/'big'/f'{i}.jsonl.gz')
     process = subprocess.Popen(command, env=ENV, start_new_session=True, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 100
     while not [*tmp_path.glob('out/work/parts/*')] and time.monotonic() < end: time.sleep(.01)
@@ -209,8 +208,8 @@ def interrupted(monkeypatch, name, at, run):
 @pytest.mark.parametrize('name', ['tokenise_unit', 'pack_shard'])
 def test_an_input_that_changes_before_the_end_is_read_again(tokenizer, tmp_path, monkeypatch, name):
     texts, out = write_folder(tmp_path/'in', 5), tmp_path/'out'
-    run = partial(tokenise, texts, tokenizer, out, .1, 2000, 1, 3000)
-    interrupted(monkeypatch, name, 5, run)
+    run = partial(tokenise, texts, tokenizer, out, .1, 2000, 1, 1000)
+    interrupted(monkeypatch, name, 3, run)
     for changed in ('0.txt', '3.txt'): (texts/changed).write_text('another text, and longer')
     run()
     assert_same(both(out), reference(texts, tokenizer, tmp_path/'plain', 2000))
@@ -226,7 +225,7 @@ def test_another_unfinished_job_is_refused_and_can_be_thrown_away(texts, tokeniz
 def test_a_part_that_was_cut_off_is_done_again(texts, tokenizer, calm, tmp_path, monkeypatch):
     out = tmp_path/'out'
     run = partial(tokenise, texts, tokenizer, out, .1, 2000, 1, 3000)
-    interrupted(monkeypatch, 'tokenise_unit', 6, run)
+    interrupted(monkeypatch, 'tokenise_unit', 4, run)
     parts = sorted((out/'work'/'parts').iterdir())
     parts[1].write_bytes(parts[1].read_bytes()[:-5])
     parts[2].unlink()
@@ -306,7 +305,8 @@ def test_a_cleaned_folder_that_is_not_complete_is_refused(cleaned):
 @pytest.mark.parametrize('settings, words', [
     ({'held_out': float('nan')}, 'between 0 and 1'), ({'held_out': 1}, 'between 0 and 1'),
     ({'tokens_per_shard': 0}, 'at least 1'), ({'held_out': 1e-9}, 'would be held out'),
-    ({'documents': 'nowhere'}, 'no file or folder'), ({'documents': 'nothing'}, 'are empty')])
+    ({'documents': 'nowhere'}, 'no file or folder'), ({'documents': 'nothing'}, 'of 1 documents'),
+    ({'documents': []}, 'no files')])
 def test_mistakes_leave_nothing(texts, tokenizer, tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
     Path('nothing').mkdir()
@@ -427,7 +427,7 @@ def test_datatrove_reads_them(texts, tokenizer, tmp_path):
     shards, found = made['train'], []
     theirs = dataset.DatatroveFolderDataset(str(shards.folder), seq_len=99, token_size=2)
     for shard in shards.manifest['shards']:
-        start = len(found)*0 + sum(s['tokens'] for s in shards.manifest['shards'] if s['name'] < shard['name'])
+        start = sum(s['tokens'] for s in shards.manifest['shards'] if s['name'] < shard['name'])
         found += [shards.read(start + i, start + i + 100).tolist() for i in range(0, shard['tokens'] - 99, 100)]
     assert [theirs[i]['input_ids'].tolist() for i in range(len(theirs))] == found
 
@@ -447,11 +447,12 @@ def test_data_show_prints_where_a_sequence_comes_from(texts, tokenizer, run_file
         told = [line for line in lines if ': tokens ' in line and ', from ' in line]
         assert told and 'https://x.org/' in told[0] and any('rule.0 0.' in line for line in lines)
 
-def test_data_uses_all_cores_unless_told(tmp_path, texts, tokenizer, capsys):
-    args = ['--tokenizer', str(tokenizer.path), '--documents', str(texts)]
-    assert main(['data', str(tmp_path/'all'), *args]) == 0
+def test_data_uses_all_cores_unless_told(tmp_path, texts, tokenizer, capsys, monkeypatch):
+    args, asked = ['--tokenizer', str(tokenizer.path), '--documents', str(texts)], []
+    monkeypatch.setattr(tokenize, '_cores', lambda: asked.append('cores') or 1)
+    assert main(['data', str(tmp_path/'all'), *args]) == 0 and asked == ['cores']
     said = capsys.readouterr().out
-    assert main(['data', str(tmp_path/'one'), *args, '--workers', '1']) == 0
+    assert main(['data', str(tmp_path/'one'), *args, '--workers', '1']) == 0 and asked == ['cores']
     assert capsys.readouterr().out == said.replace('/all/', '/one/')
     assert both(tmp_path/'all') == both(tmp_path/'one')
     assert main(['data', str(tmp_path/'no'), *args, '--workers=-1']) == 2 and not (tmp_path/'no').exists()
@@ -462,4 +463,4 @@ def test_a_lost_worker_is_temporary(texts, tokenizer, tmp_path, monkeypatch):
         yield
     monkeypatch.setattr(tokenize, 'in_processes', dies)
     with pytest.raises(TemporaryError) as e: tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 2, 3000)
-    assert is_temporary(e.value) and resource.getpagesize()
+    assert is_temporary(e.value)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNIT_BYTES', 'SIDES', 'BLOCK', 'Piece', 'work_units', 'input_files', 'read_unit', 'TokenJob', 'tokenise_unit',
-           'pack_shard', 'tokenise', 'Provenance', 'provenance', 'provenance_text', 'verify_provenance', 'join_shards',
-           'join_data']
+           'pack_shard', 'tokenise', 'Provenance', 'has_provenance', 'provenance', 'provenance_text',
+           'verify_provenance', 'join_shards', 'join_data']
 
 # %% ../../nbs/7I_data.tokenize.ipynb #imports
 import bisect, functools, hashlib, io, json, multiprocessing, os, shutil, tempfile, threading, zlib
@@ -50,6 +50,7 @@ def _line_after(f:BinaryIO, place:int)->int:
 
 def _pieces(name:str, path:str, size:int)->list[Piece]:
     n, cuts = os.path.getsize(path), []
+    if not n: return [Piece(name, path, 0, 0)]
     if PurePath(path).suffix == '.jsonl' and n > size:
         with open(path, 'rb') as f:
             cuts = [_line_after(f, place) for place in range(size, n, size)]
@@ -59,7 +60,7 @@ def _pieces(name:str, path:str, size:int)->list[Piece]:
 def work_units(files:Iterable[tuple[str, str]], # (name, path)
                size:int=UNIT_BYTES,             # bytes of a unit on the disk
               )->list[list[Piece]]:
-    "The files in groups of about `size`, large ones in pieces; the order stays. Empty files have none"
+    "The files in groups of about `size`, large ones in pieces; the order stays"
     units, room = [], 0
     for name, path in files:
         for piece in _pieces(name, path, size):
@@ -460,7 +461,7 @@ def tokenise(documents,                      # a folder or a file, or [(name, pa
              redo:bool=False,                # throw away what another, unfinished job left in the folder
              progress:bool=False,            # a bar
             )->tuple[dict[str, TokenShards], Tally]: # by side; records that could not be read
-    """Tokenise on all cores; what is done is not done again, and the bytes do not depend on what came between.
+    """Tokenise on all cores; what is done is not done again, and the bytes are always the same.
 
     Raises `UserError` for a mistake, `TemporaryError` if a worker dies or the disk is full"""
     check_fraction(held_out)
@@ -469,7 +470,7 @@ def tokenise(documents,                      # a folder or a file, or [(name, pa
     job = TokenJob(str(tokenizer.path), tokenizer.digest, tokenizer.vocab_size, held_out, tokens_per_shard,
                    unit_bytes)
     units, workers = work_units(files, unit_bytes), workers or _cores()
-    if not units: raise UserError(f'{documents} has no text: its files are empty')
+    if not units: raise UserError('there are no files to tokenise')
     digest = _claim(out, job, files, redo)
     try:
         _make_parts(job, out, units, digest, workers, progress)
@@ -542,6 +543,8 @@ def _row(path:Path, number:int)->list:
                         'from files of documents') from None
     except (OSError, ValueError, IndexError, zlib.error):
         raise UserError(f'{place} is damaged; copy it again') from None
+
+def has_provenance(shards:TokenShards)->bool: return bool(shards.manifest.get('provenance'))
 
 def provenance(shards:TokenShards,
                offset:int # of a token in the stream
