@@ -560,10 +560,16 @@ def provenance_text(found:Provenance)->str:
              'language': found.language}
     told = ', '.join(f'{key} {value}' for key, value in about.items() if value)
     lines = [f'{found.document}: tokens {found.start:,} to {found.stop - 1:,}, {told}']
-    for rule, removed, value, limit in found.decisions:
-        measured = '' if value == '' else f' {value}' + (f' (limit {limit})' if limit != '' else '')
-        lines.append(f'  {rule}{measured}: ' + (f'{removed:,} bytes removed' if removed else 'kept'))
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *map(_decision_text, found.decisions)])
+
+def _decision_text(decision)->str:
+    try:
+        rule, removed, value, limit = decision
+        done = f'{removed:,} bytes removed' if removed else 'kept'
+    except (TypeError, ValueError):                 # a user's own metadata of this name
+        return f'  {decision}'
+    measured = '' if value == '' else f' {value}' + (f' (limit {limit})' if limit != '' else '')
+    return f'  {rule}{measured}: {done}'
 
 # %% ../../nbs/7I_data.tokenize.ipynb #verify
 def verify_provenance(shards:TokenShards):
