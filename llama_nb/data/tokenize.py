@@ -495,7 +495,7 @@ def _claim(out:Path, job:TokenJob, files:list, redo:bool)->str: # digest of the 
     published = [out/side for side in SIDES if (out/side).exists()]
     if published and not (out/'job.json').exists():
         raise UserError(f'{published[0]} is there already; remove it or choose another folder')
-    code = [describe(f)['code'] for f in (tokenise_unit, read_stream, document_tokens)]
+    code = [describe(f)['code'] for f in (work_units, read_stream, document_tokens)]
     versions = {'llama_nb': llama_nb.__version__, 'sentencepiece': sentencepiece.__version__}
     about = {**asdict(job), 'versions': versions, 'code': code, 'files': [name for name, _ in files]}
     del about['tokenizer']                                        # its digest says what it is
