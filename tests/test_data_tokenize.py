@@ -333,6 +333,13 @@ def test_a_full_disk_is_temporary_and_the_same_command_goes_on(texts, tokenizer,
     tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 1, 3000)
     assert both(tmp_path/'out') == calm
 
+def test_two_programs_at_once_are_refused(texts, tokenizer, calm, tmp_path):
+    (tmp_path/'out').mkdir()
+    with tokenize._alone(tmp_path/'out'), pytest.raises(TemporaryError, match='another program is at work'):
+        tokenise(texts, tokenizer, tmp_path/'out', workers=1)
+    tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 1, 3000)
+    assert both(tmp_path/'out') == calm
+
 def test_a_tokenizer_that_changes_on_the_way_is_seen(texts, tokenizer, tmp_path):
     model = tmp_path/'tokenizer.model'
     model.write_bytes(tokenizer.path.read_bytes())

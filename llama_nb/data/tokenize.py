@@ -19,6 +19,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import sentencepiece
 from tqdm.auto import tqdm
+try:
+    import fcntl
+except ImportError:                                 # Windows
+    fcntl = None
 import llama_nb
 from ..core import TemporaryError, UserError
 from .documents import (Document, Report, check_fraction, check_sides, is_held_out, open_raw,
@@ -57,6 +61,7 @@ def _pieces(name:str, path:str, size:int)->list[Piece]:
     borders = sorted({0, *cuts, n})
     return [Piece(name, path, a, b) for a, b in pairwise(borders)]
 
+# %% ../../nbs/7I_data.tokenize.ipynb #group-units
 def work_units(files:Iterable[tuple[str, str]], # (name, path)
                size:int=UNIT_BYTES,             # bytes of a unit on the disk
               )->list[list[Piece]]:
@@ -113,6 +118,7 @@ class _Stretch(io.RawIOBase):
         self.raw.close()
         super().close()
 
+# %% ../../nbs/7I_data.tokenize.ipynb #read-piece
 def _open_piece(piece:Piece)->BinaryIO:
     plain = PurePath(piece.path).suffix == '.jsonl'
     return io.BufferedReader(_Stretch(piece), 2**16) if plain else open_stream(piece.path)
@@ -154,6 +160,7 @@ def _account(doc:Document,
     told = json.dumps(about, separators=(',', ':'))
     return f'{json.dumps(doc.id)}\t{len(doc.text.encode())}\t{told}\n'.encode()
 
+# %% ../../nbs/7I_data.tokenize.ipynb #side
 class _Side:
     "The documents of one side of a unit, in three files without names: tokens, ends, accounts"
     def __init__(self, folder:Path):
@@ -177,7 +184,7 @@ class _Side:
             file.close()
         return self.made
 
-# %% ../../nbs/7I_data.tokenize.ipynb #tokenise-unit
+# %% ../../nbs/7I_data.tokenize.ipynb #token-job
 @dataclass(frozen=True)
 class TokenJob:
     "What decides about the bytes of the shards"
@@ -195,6 +202,7 @@ def _tokenizer(job:TokenJob)->Tokenizer:
     if found.digest == job.tokenizer_sha256: return found
     raise UserError(f'{job.tokenizer} has changed while it was in use; start again')
 
+# %% ../../nbs/7I_data.tokenize.ipynb #places
 def _part(out:Path, number:int)->Path: return out/'work'/'parts'/f'{number:06}'
 def _record(out:Path, number:int)->Path: return out/'records'/f'{number:06}.json'
 def _read_json(path:Path): return json.loads(path.read_text(encoding='utf-8'))
@@ -209,6 +217,7 @@ def _digest(piece:Piece)->str:
             left -= len(data)
     return found.hexdigest()
 
+# %% ../../nbs/7I_data.tokenize.ipynb #tokenise-unit
 def tokenise_unit(job:TokenJob, unit:list[Piece], out:Path, number:int, digest:str):
     "Do one unit: its part and its record appear in folder `out`. Raises `UserError`, `OSError`"
     inputs = [{'name': p.name, 'start': p.start, 'stop': p.stop, **fingerprint(p.path), 'sha256': _digest(p)}
@@ -301,6 +310,7 @@ def _copy(f:BinaryIO, to:BinaryIO, start:int, stop:int):
         to.write(data)
         start += len(data)
 
+# %% ../../nbs/7I_data.tokenize.ipynb #shard-writer
 class _ShardWriter:
     "The files of one shard"
     def __init__(self, path:Path, size:int, stack:ExitStack):
@@ -373,6 +383,7 @@ def _bar(what:str, total:int, start:int, shown:bool):
         bar.close()
         _count_with(None)
 
+# %% ../../nbs/7I_data.tokenize.ipynb #round
 def _round(work:Callable, items:list, workers:int, bar)->Iterator:
     "Call `work(*item)` in processes, or here"
     with bar as counter:
@@ -382,7 +393,7 @@ def _round(work:Callable, items:list, workers:int, bar)->Iterator:
         else:
             for item in items: yield work(*item)
 
-# %% ../../nbs/7I_data.tokenize.ipynb #plan
+# %% ../../nbs/7I_data.tokenize.ipynb #make-parts
 def _make_parts(job:TokenJob, out:Path, units:list, digest:str, workers:int, progress:bool):
     "The first round. Raises `UserError` if shards were published and an input has changed since"
     plan, published = out/'work'/'plan.json', any((out/side).exists() for side in SIDES)
@@ -400,6 +411,7 @@ def _make_parts(job:TokenJob, out:Path, units:list, digest:str, workers:int, pro
     bar = _bar('tokenise', sum(size), sum(size) - left, progress and bool(todo))
     for _ in _round(tokenise_unit, items, workers, bar): pass
 
+# %% ../../nbs/7I_data.tokenize.ipynb #plan
 def _forget(out:Path, names:Iterable[str]):
     "Remove what is in the work folder under these names"
     for path in (out/'work'/name for name in names):
@@ -416,6 +428,7 @@ def _plan(job:TokenJob, out:Path, n_units:int)->dict: # side -> its shards, as i
     except UserError:
         for name in ('work', 'records'): shutil.rmtree(out/name)
         (out/'job.json').unlink()
+        if not any(out.iterdir()): out.rmdir()
         raise
     plan = {side: _cut(out, [m[side] for m in made], job.tokens_per_shard) for side in SIDES}
     write_atomic(path, json.dumps(plan) + '\n')
@@ -437,6 +450,7 @@ def _pack(job:TokenJob, out:Path, plan:dict, workers:int, progress:bool):
             waiting[part] -= 1
             if not waiting[part]: _part(out, part).unlink()
 
+# %% ../../nbs/7I_data.tokenize.ipynb #publish
 def _publish(job:TokenJob, out:Path, side:str, n_shards:int):
     "Give the shards of a side their manifest, and their name"
     if (out/side).exists(): return
@@ -471,7 +485,14 @@ def tokenise(documents,                      # a folder or a file, or [(name, pa
                    unit_bytes)
     units, workers = work_units(files, unit_bytes), workers or _cores()
     if not units: raise UserError('there are no files to tokenise')
-    digest = _claim(out, job, files, redo)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        digest = _claim(out, job, files, redo)
+        _work(job, out, units, digest, workers, progress)
+        return {side: TokenShards(out/side) for side in SIDES}, _reading(out, len(units))
+
+def _work(job:TokenJob, out:Path, units:list, digest:str, workers:int, progress:bool):
+    "Both rounds, as far as they are not done"
     try:
         _make_parts(job, out, units, digest, workers, progress)
         if not all((out/side).exists() for side in SIDES):
@@ -483,9 +504,26 @@ def tokenise(documents,                      # a folder or a file, or [(name, pa
         raise TemporaryError(f'no room for {out} ({e.strerror}); free some space, '
                              'and the same command goes on') from None
     shutil.rmtree(out/'work', ignore_errors=True)
-    return {side: TokenShards(out/side) for side in SIDES}, _reading(out, len(units))
 
 # %% ../../nbs/7I_data.tokenize.ipynb #claim
+@contextmanager
+def _alone(folder:Path):
+    "Hold a folder while one works in it. Raises `TemporaryError` if another program does"
+    fd = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl: _lock(fd, folder)
+        yield
+    finally:
+        if fcntl: os.close(fd)
+
+def _lock(fd:int, folder:Path):
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TemporaryError(f'another program is at work in {folder}; wait for its end') from None
+    except OSError:
+        pass                                        # a file system without locks
+
 def _cores()->int:
     "Cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -532,6 +570,7 @@ def _block(f:BinaryIO, places:np.ndarray, i:int)->bytes:
     f.seek(start)
     return zlib.decompress(f.read(stop - start))
 
+# %% ../../nbs/7I_data.tokenize.ipynb #find-row
 def _row(path:Path, number:int)->list:
     "Row of a document of shard `path`. Raises `UserError`"
     place = Path(f'{path}.provenance')
@@ -588,7 +627,7 @@ def verify_provenance(shards:TokenShards):
         if {'documents': n, 'sha256': found.hexdigest()} == made: continue
         raise UserError(f'{shards.folder/name} has changed since it was written; copy it again')
 
-# %% ../../nbs/7I_data.tokenize.ipynb #join
+# %% ../../nbs/7I_data.tokenize.ipynb #check-alike
 def _check_alike(parts:list[TokenShards]):
     "Raise `UserError` unless these folders can be one"
     seen = {}
@@ -605,6 +644,7 @@ def _renamed(part:TokenShards, out:Path, table:dict)->dict:
     where = Path(os.path.relpath(part.folder.resolve(), out.resolve()))
     return {Path(os.path.normpath(where/name)).as_posix(): about for name, about in table.items()}
 
+# %% ../../nbs/7I_data.tokenize.ipynb #join
 def join_shards(folders:list, # of token shards, in the order that the tokens shall have
                 out           # a folder that does not exist yet
                )->TokenShards:
@@ -625,6 +665,7 @@ def join_shards(folders:list, # of token shards, in the order that the tokens sh
     _publish_joined(out, Tokenizer(parts[0].tokenizer_path), limit, shards, files, told)
     return TokenShards(out)
 
+# %% ../../nbs/7I_data.tokenize.ipynb #publish-joined
 def _publish_joined(out:Path, tokenizer:Tokenizer, limit:int, shards:list, files:dict, told:dict):
     "The folder of the joined shards: manifest and tokenizer"
     out.parent.mkdir(parents=True, exist_ok=True)
