@@ -19,6 +19,7 @@ from llama_nb.data.tokenizer import Tokenizer
 @pytest.fixture(scope='module')
 def tokenizer(tokens): return Tokenizer(tokens/'tokenizer.model')
 
+LIMIT = 3000          # tokens of a shard
 WORDS = ['the', 'sheep', 'Wörter', '日本語', 'x'*50, '\n\n', '\t', '1', 'and', '\x00', '🐑']
 
 def some_text(rng, longest=40): return ' '.join(rng.choices(WORDS, k=rng.randint(1, longest)))
@@ -28,7 +29,7 @@ def some_doc(rng, name):
     return Document(some_text(rng), name, rng.choice(('', 'Wiki\tpedia')), f'https://x.org/{rng.random()}',
                     rng.choice(('', 'en')), rng.choice(('', 'MIT')), {'decisions': decisions, 'other': [1]})
 
-def write_folder(folder, seed, n_docs=100):
+def write_folder(folder, seed, n_docs=60):
     "Files of all kinds, some of them empty"
     rng = random.Random(seed)
     for i in range(6):
@@ -64,10 +65,10 @@ def assert_same(found, wanted):
         assert manifests[0] == manifests[1] and set(told) == more
         assert {n: data for n, data in mine.items() if n not in more} == theirs
 
-@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('seed', range(5))
 def test_it_writes_what_one_process_writes(tmp_path, tokenizer, seed):
     rng = random.Random(seed)
-    texts = write_folder(tmp_path/'in', seed, rng.choice((40, 80)))
+    texts = write_folder(tmp_path/'in', seed, rng.choice((20, 60)))
     limit, unit = rng.choice((1, 50, 1000, 2**30)), rng.choice((300, 3000, 2**25))
     wanted = reference(texts, tokenizer, tmp_path/'plain', limit)
     made, reading = tokenise(texts, tokenizer, tmp_path/'out', .1, limit, 1, unit)
@@ -91,7 +92,7 @@ from llama_nb.data import tokenize
 from llama_nb.data.tokenizer import Tokenizer
 if __name__ == '__main__':
     texts, model, out, workers = sys.argv[1:]
-    tokenize.tokenise(texts, Tokenizer(model), out, .1, 2000, int(workers), 3000)
+    tokenize.tokenise(texts, Tokenizer(model), out, .1, 3000, int(workers), 3000)
 '''
 
 def start(folder, texts, tokenizer, out, workers):
@@ -103,7 +104,7 @@ def start(folder, texts, tokenizer, out, workers):
 def calm(texts, tokenizer, tmp_path_factory):
     "What an undisturbed run in one process leaves"
     folder = tmp_path_factory.mktemp('calm')
-    tokenise(texts, tokenizer, folder/'out', .1, 2000, 1, 3000)
+    tokenise(texts, tokenizer, folder/'out', .1, LIMIT, 1, 3000)
     return both(folder/'out')
 
 @pytest.mark.parametrize('workers', [1, 2])
@@ -118,19 +119,19 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(texts, tokenizer,
     time.sleep(rng.random()*.01)
     if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    tokenise(texts, tokenizer, out, .1, 2000, 1, 3000)
+    tokenise(texts, tokenizer, out, .1, LIMIT, 1, 3000)
     assert both(out) == calm
     assert sorted(p.name for p in out.iterdir()) == ['held_out', 'job.json', 'records', 'train']
 
 class Stop(BaseException): pass
 
-@pytest.mark.parametrize('name', ['write_atomic', 'publish_folder', 'fsync_file', 'file_digest'])
+@pytest.mark.parametrize('name', ['write_atomic', 'file_digest'])
 def test_stopped_at_many_calls_it_ends_with_the_same_bytes(texts, tokenizer, calm, tmp_path, monkeypatch,
                                                            name):
     "The process ends before, or after, the n-th time that something becomes durable, many times"
     real, out, left = getattr(tokenize, name), tmp_path/'out', 0
     for n in range(1000):
-        left = n % 7 + 1
+        left = n % 9 + 1
         def broken(*args, late=n % 2, **kwargs):
             nonlocal left
             left -= 1
@@ -140,14 +141,14 @@ def test_stopped_at_many_calls_it_ends_with_the_same_bytes(texts, tokenizer, cal
             return done
         monkeypatch.setattr(tokenize, name, broken)
         try:
-            tokenise(texts, tokenizer, out, .1, 2000, 1, 3000)
+            tokenise(texts, tokenizer, out, .1, LIMIT, 1, 3000)
             break
         except Stop:
             continue
     assert n >= 1 and both(out) == calm
 
 def test_four_workers_leave_the_same_bytes(texts, tokenizer, calm, tmp_path):
-    tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 4, 3000)
+    tokenise(texts, tokenizer, tmp_path/'out', .1, LIMIT, 4, 3000)
     assert both(tmp_path/'out') == calm
 
 def test_parts_go_as_soon_as_their_shards_are_there(texts, tokenizer, tmp_path, monkeypatch):
@@ -156,14 +157,14 @@ def test_parts_go_as_soon_as_their_shards_are_there(texts, tokenizer, tmp_path, 
         seen.append(sum(p.stat().st_size for p in (out/'work'/'parts').iterdir()))
         return real(*args)
     monkeypatch.setattr(tokenize, 'pack_shard', watched)
-    tokenise(texts, tokenizer, out, .1, 2000, 1, 3000)
+    tokenise(texts, tokenizer, out, .1, LIMIT, 1, 3000)
     assert len(seen) > 5 and seen[-1] < seen[0]/3 and seen == sorted(seen, reverse=True)
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts, tokenizer, tmp_path):
     command = [sys.executable, '-m', 'llama_nb', 'data', tmp_path/'out', '--tokenizer', tokenizer.path,
                '--documents', tmp_path/'big', '--workers', '2']
     docs = [*topic_documents()]
-    for i in range(6): write_jsonl(docs*8, tmp_path/'big'/f'{i}.jsonl.gz')
+    for i in range(4): write_jsonl(docs*6, tmp_path/'big'/f'{i}.jsonl.gz')
     process = subprocess.Popen(command, env=ENV, start_new_session=True, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 100
     while not [*tmp_path.glob('out/work/parts/*')] and time.monotonic() < end:
@@ -182,7 +183,7 @@ def times(folder):
 
 def test_what_is_done_is_not_done_again_and_a_change_is_refused(tokenizer, tmp_path):
     texts, out = write_folder(tmp_path/'in', 5), tmp_path/'out'
-    run = partial(tokenise, texts, tokenizer, out, tokens_per_shard=2000, workers=1, unit_bytes=3000)
+    run = partial(tokenise, texts, tokenizer, out, tokens_per_shard=LIMIT, workers=1, unit_bytes=3000)
     run()
     before = times(out)
     run()
@@ -213,16 +214,16 @@ def interrupted(monkeypatch, name, at, run):
 @pytest.mark.parametrize('name', ['tokenise_unit', 'pack_shard'])
 def test_an_input_that_changes_before_the_end_is_read_again(tokenizer, tmp_path, monkeypatch, name):
     texts, out = write_folder(tmp_path/'in', 5), tmp_path/'out'
-    run = partial(tokenise, texts, tokenizer, out, .1, 2000, 1, 1000)
+    run = partial(tokenise, texts, tokenizer, out, .1, LIMIT, 1, 1000)
     interrupted(monkeypatch, name, 3, run)
     for changed in ('0.txt', '3.txt'): (texts/changed).write_text('another text, and longer')
     run()
-    assert_same(both(out), reference(texts, tokenizer, tmp_path/'plain', 2000))
+    assert_same(both(out), reference(texts, tokenizer, tmp_path/'plain', LIMIT))
 
 def test_another_unfinished_job_is_refused_and_can_be_thrown_away(texts, tokenizer, calm, tmp_path,
                                                                   monkeypatch):
     out = tmp_path/'out'
-    other, run = (partial(tokenise, texts, tokenizer, out, .1, limit, 1, 3000) for limit in (1000, 2000))
+    other, run = (partial(tokenise, texts, tokenizer, out, .1, limit, 1, 3000) for limit in (1000, LIMIT))
     interrupted(monkeypatch, 'pack_shard', 3, other)
     with pytest.raises(UserError, match='another job'): run()
     run(redo=True)
@@ -230,7 +231,7 @@ def test_another_unfinished_job_is_refused_and_can_be_thrown_away(texts, tokeniz
 
 def test_a_part_that_was_cut_off_is_done_again(texts, tokenizer, calm, tmp_path, monkeypatch):
     out = tmp_path/'out'
-    run = partial(tokenise, texts, tokenizer, out, .1, 2000, 1, 3000)
+    run = partial(tokenise, texts, tokenizer, out, .1, LIMIT, 1, 3000)
     interrupted(monkeypatch, 'tokenise_unit', 4, run)
     parts = sorted((out/'work'/'parts').iterdir())
     parts[1].write_bytes(parts[1].read_bytes()[:-5])
@@ -330,14 +331,14 @@ def test_a_full_disk_is_temporary_and_the_same_command_goes_on(texts, tokenizer,
     done = subprocess.run([sys.executable, tmp_path/'program.py', texts, tokenizer.path, tmp_path/'out', '1'],
                           env=ENV, capture_output=True, text=True, timeout=100)
     assert 'TemporaryError: no room for' in done.stderr and not (tmp_path/'out'/'train').exists(), done.stderr
-    tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 1, 3000)
+    tokenise(texts, tokenizer, tmp_path/'out', .1, LIMIT, 1, 3000)
     assert both(tmp_path/'out') == calm
 
 def test_two_programs_at_once_are_refused(texts, tokenizer, calm, tmp_path):
     (tmp_path/'out').mkdir()
     with tokenize._alone(tmp_path/'out'), pytest.raises(TemporaryError, match='another program is at work'):
         tokenise(texts, tokenizer, tmp_path/'out', workers=1)
-    tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 1, 3000)
+    tokenise(texts, tokenizer, tmp_path/'out', .1, LIMIT, 1, 3000)
     assert both(tmp_path/'out') == calm
 
 def test_a_tokenizer_that_changes_on_the_way_is_seen(texts, tokenizer, tmp_path):
@@ -439,7 +440,7 @@ def test_what_does_not_belong_together_is_refused_in_one_line(machines, tokenize
 
 def test_datatrove_reads_them(texts, tokenizer, tmp_path):
     dataset = pytest.importorskip('datatrove.utils.dataset')
-    made, _ = tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 1, 3000)
+    made, _ = tokenise(texts, tokenizer, tmp_path/'out', .1, LIMIT, 1, 3000)
     shards, found, start = made['train'], [], 0
     theirs = dataset.DatatroveFolderDataset(str(shards.folder), seq_len=99, token_size=2)
     for shard in shards.manifest['shards']:
@@ -479,5 +480,5 @@ def test_a_lost_worker_is_temporary(texts, tokenizer, tmp_path, monkeypatch):
         raise TemporaryError('a worker was killed')
         yield
     monkeypatch.setattr(tokenize, 'in_processes', dies)
-    with pytest.raises(TemporaryError) as e: tokenise(texts, tokenizer, tmp_path/'out', .1, 2000, 2, 3000)
+    with pytest.raises(TemporaryError) as e: tokenise(texts, tokenizer, tmp_path/'out', .1, LIMIT, 2, 3000)
     assert is_temporary(e.value)
