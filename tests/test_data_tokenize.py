@@ -394,7 +394,8 @@ def machines(tmp_path, tokenizer):
         write_folder(tmp_path/'in'/name, name)
         parts.append(tmp_path/f'out-{name}')
         tokenise(tmp_path/'in'/name, tokenizer, parts[-1], tokens_per_shard=2000, workers=1)
-    whole, _ = tokenise(tmp_path/'in', tokenizer, tmp_path/'whole', tokens_per_shard=10**9, workers=1)
+    files = [file for name in 'ab' for file in input_files(tmp_path/'in'/name)]
+    whole, _ = tokenise(files, tokenizer, tmp_path/'whole', tokens_per_shard=10**9, workers=1)
     return parts, whole
 
 def test_joined_shards_are_one_stream(machines, tmp_path):
