@@ -13,7 +13,7 @@ def limit(kind, n):
         resource.setrlimit(kind, (n, n))
     return apply
 
-def test_a_full_disk_leaves_nothing(tmp_path, tokens, llama_nb):
+def test_a_full_disk_leaves_no_shards_and_the_same_command_goes_on(tmp_path, tokens, llama_nb):
     texts, out = tmp_path/'texts', tmp_path/'out'
     texts.mkdir()
     for i in range(40): (texts/f'{i}.txt').write_text(f'Page {i} of the book. '*400)
@@ -21,8 +21,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, tokens, llama_nb):
     status, _, err = llama_nb(*args, preexec_fn=limit(resource.RLIMIT_FSIZE, 50_000))
     assert (status == 75 and len(err.strip().splitlines()) == 1 and 'no room for' in err
             and 'Traceback' not in err), err
-    assert not list(out.iterdir())
-    assert llama_nb(*args)[0] == 0  # the same command, once there is room
+    assert not (out/'train').exists() and not (out/'held_out').exists()
+    assert llama_nb(*args)[0] == 0 and (out/'train').exists()  # the same command, once there is room
+    assert not (out/'work').exists()
 
 READ_ALL = '''
 import sys

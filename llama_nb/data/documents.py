@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_GROWTH', 'Report', 'MAX_LINE', 'Document', 'stdlib_documents', 'topic_documents', 'growth_limit', 'extra_module',
            'open_stream', 'open_raw', 'Decompressed', 'refuse', 'reporting', 'stream_lines', 'files_under',
-           'read_documents', 'read_file', 'text_id', 'json_line', 'write_jsonl', 'is_held_out', 'split_documents',
-           'named_documents']
+           'read_documents', 'text_files', 'read_file', 'read_stream', 'text_id', 'json_line', 'write_jsonl',
+           'is_held_out', 'check_fraction', 'split_documents', 'check_sides', 'named_documents']
 
 # %% ../../nbs/11_data.documents.ipynb #imports
 import bz2, gzip, hashlib, io, json, lzma, platform, sys, sysconfig, zlib
@@ -200,20 +200,32 @@ def read_documents(path, # a file, or a folder with files in it, at any depth
     """Documents in .txt, .md, .py and .jsonl files, compressed or not, in the order of their names.
 
     Raises `UserError` if there are none; what cannot be read is reported"""
+    for p, name in text_files(path): yield from read_file(p, name, report)
+
+def text_files(path)->list[tuple[Path, str]]: # (file, its name within the folder)
+    "The files that `read_documents` reads. Raises `UserError` if there are none"
     path = Path(path)
     if not path.exists(): raise UserError(f'there is no file or folder {path}')
     files = files_under(path, lambda p: _kind(p.name) in _PLAIN + _LINES)
-    if not files: raise UserError(f'{path} has no text: no {", ".join(_PLAIN + _LINES)} file')
-    for p, name in files: yield from read_file(p, name, report)
+    if files: return files
+    raise UserError(f'{path} has no text: no {", ".join(_PLAIN + _LINES)} file')
 
 def read_file(path,           # a file or an address
               name:str,       # the documents' source; the id of a file that is one document
               report:Report=refuse,
              )->Iterator[Document]:
     "Documents of one file; if it is damaged, those before the damage. What cannot be read is reported"
-    read = _json_lines if _kind(name) in _LINES else _whole_file
     with reporting(str(path), report), open_stream(path) as stream:
-        yield from read(stream, str(path), name, report)
+        yield from read_stream(stream, str(path), name, report)
+
+def read_stream(stream:BinaryIO,
+                place:str,                # the file, for reports
+                name:str,                 # as in `read_file`; its ending says what the stream holds
+                report:Report=refuse,
+               )->Iterator[Document]:
+    "Documents of an open file"
+    read = _json_lines if _kind(name) in _LINES else _whole_file
+    yield from read(stream, place, name, report)
 
 # %% ../../nbs/11_data.documents.ipynb #read-parts
 def _utf8(data:bytes, place:str, report:Report)->str|None:
@@ -305,20 +317,28 @@ def is_held_out(doc_id:str,
     digest = hashlib.sha256(doc_id.encode('utf-8', 'surrogatepass')).digest()
     return int.from_bytes(digest[:8], 'big') < fraction*2**64
 
+def check_fraction(fraction:float):
+    "Raise `UserError` if this share of the documents cannot be held out"
+    if 0 < fraction < 1: return
+    raise UserError(f'the held-out fraction must lie between 0 and 1, not {fraction}')
+
 def split_documents(docs:Iterable[Document],
                     fraction:float=0.05,
                    )->tuple[list[Document], list[Document]]: # training, validation
     "Split by `is_held_out`. Raises `UserError` if a side would be empty"
-    if not 0 < fraction < 1:
-        raise UserError(f'the held-out fraction must lie between 0 and 1, not {fraction}')
+    check_fraction(fraction)
     train, held_out = [], []
     for d in docs:
         side = held_out if is_held_out(d.id, fraction) else train
         side.append(d)
-    if not train or not held_out:
-        raise UserError(f'of {len(train) + len(held_out)} documents, {len(held_out)} would be held out '
-                        f'with fraction {fraction}; add documents or change the fraction')
+    check_sides(len(train), len(held_out), fraction)
     return train, held_out
+
+def check_sides(train:int, held_out:int, fraction:float):
+    "Raise `UserError` if one of the sides has no documents"
+    if train and held_out: return
+    raise UserError(f'of {train + held_out} documents, {held_out} would be held out '
+                    f'with fraction {fraction}; add documents or change the fraction')
 
 # %% ../../nbs/11_data.documents.ipynb #named
 def named_documents(name:str # python, or a path
