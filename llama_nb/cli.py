@@ -15,7 +15,6 @@ import tyro
 from . import __version__
 from .config import check_fields, load_run, parse_flags, read_toml, setting
 from .core import UserError, choose, is_temporary, pick_device
-from .parallel.processes import end_rank, last_words, stop_ranks
 
 # %% ../nbs/92_cli.ipynb #toy-command
 @dataclass(frozen=True)
@@ -179,6 +178,7 @@ def print_provenance(shards, start:int, length:int):
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`"
+    from llama_nb.parallel.processes import stop_ranks
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
@@ -347,6 +347,7 @@ def _say(error:Exception)->int: # exit code
 # %% ../nbs/92_cli.ipynb #program
 def program():
     "`main` as a process of its own, which ends with its exit code"
+    if 'WORLD_SIZE' not in os.environ: sys.exit(main())
+    from llama_nb.parallel.processes import end_rank, last_words
     with last_words(): code = main()
-    if 'WORLD_SIZE' in os.environ: end_rank(code)
-    sys.exit(code)
+    end_rank(code)

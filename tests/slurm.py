@@ -214,3 +214,55 @@ def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(
     same = lambda folder: [(r['step'], r['loss'], r['grad_norm'], r['lr'], r['tokens']) for r in rows(folder)]
     assert [r['step'] for r in rows(out)] == list(range(1, 301))
     assert same(out) == same(tmp_path/'whole')  # bit for bit: the layout is the same
+
+DATA = '''
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from llama_nb.data.documents import read_documents
+from llama_nb.data.engine import Job, run_job
+from llama_nb.data.executors import Slurm
+from llama_nb.data.stage import Decision
+
+def shout(doc):
+    time.sleep(.2)
+    return replace(doc, text=doc.text.upper()), [Decision('shout', 0)]
+
+if __name__ == '__main__':
+    import data_job
+    inputs = {p.name: str(p) for p in Path(sys.argv[1]).iterdir()}
+    executor = Slurm(time='10', memory=1, poll=.5) if sys.argv[3] == 'slurm' else 'local'
+    job = Job(read_documents, (('shout', data_job.shout),))
+    run_job(job, inputs, sys.argv[2], workers=2, executor=executor)
+'''
+
+@pytest.mark.timeout(600)
+def test_a_data_job_is_preempted_and_its_bytes_are_the_same(slurm, tmp_path):
+    "As an array of two tasks, both requeued on the way; the command that waits is killed and started again"
+    pytest.importorskip('datatrove', reason='jobs under Slurm are submitted by datatrove')
+    from llama_nb.data.documents import Document, write_jsonl
+    (tmp_path/'data_job.py').write_text(DATA)
+    for i in range(8):
+        write_jsonl((Document(f'text {i} {j}', f'{i}/{j}') for j in range(10)), tmp_path/'in'/f'{i}.jsonl')
+    def start(out, executor):
+        command = [sys.executable, tmp_path/'data_job.py', tmp_path/'in', tmp_path/out, executor]
+        env = {**slurm.env, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}'}
+        return subprocess.Popen([str(c) for c in command], env=env, cwd=tmp_path, start_new_session=True)
+    assert start('calm', 'local').wait(120) == 0
+    waiting = start('out', 'slurm')
+    note, records = tmp_path/'out'/'slurm.json', tmp_path/'out'/'records'
+    wait_for(lambda: records.exists() and len([*records.iterdir()]) >= 2, 'the first files')
+    number = json.loads(note.read_text())['job']
+    waiting.kill()
+    waiting.wait()
+    urgent = slurm.run('sbatch', '--parsable', '--partition=high', '--exclusive', '--output=/dev/null',
+                       '--wrap=sleep 1')
+    wait_for(lambda: slurm.job(urgent)['JobState'] == 'COMPLETED', 'the job that preempts')
+    assert len([*records.iterdir()]) < 8
+    waiting = start('out', 'slurm')                              # finds the array in the queue
+    assert waiting.wait(240) == 0
+    logs = ''.join(p.read_text() for p in (tmp_path/'out'/'slurm'/'logs').iterdir())
+    assert 'DUE TO PREEMPTION' in logs and slurm.job(f'{number}_0')['Restarts'] == '1'
+    def bytes_of(out): return {p.name: p.read_bytes() for p in (tmp_path/out/'documents').iterdir()}
+    assert bytes_of('calm') == bytes_of('out') and len(bytes_of('out')) == 8
+    assert (tmp_path/'out'/'manifest.json').read_bytes() == (tmp_path/'calm'/'manifest.json').read_bytes()

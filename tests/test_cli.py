@@ -31,10 +31,16 @@ def costly():
     return COSTLY - loaded(TORCH)
 
 @pytest.mark.parametrize('args', [('--help',), ('data', '--help')])
-def test_a_help_text_loads_neither_trainer_nor_distributed_tensors(args, costly):
+def test_a_help_text_loads_neither_pytorch_nor_trainer(args, costly):
     found = loaded(COMMAND, *args)
-    assert {'llama_nb.cli', 'llama_nb.config', 'torch', 'tyro'} <= found
+    assert {'llama_nb.cli', 'llama_nb.config', 'tyro'} <= found and 'torch' not in found
     assert 'llama_nb.train' in costly and not found & costly
+
+def test_a_process_that_cleans_text_starts_without_pytorch():
+    "A hundred of them may start at once, and each would wait for it"
+    names = 'archive arxiv books c4 classify commoncrawl engine github ngram stackexchange wikipedia'.split()
+    found = loaded('import sys\n' + '\n'.join(f'import llama_nb.data.{name}' for name in names))
+    assert 'llama_nb.data.engine' in found and 'torch' not in found
 
 def test_text_becomes_shards_without_them(tmp_path, costly):
     "Neither a model nor a trainer nor DTensor is needed"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePath
 from typing import BinaryIO, NoReturn
-from ..core import UserError
+from ..core import UserError, is_temporary
 from ..files import bytes_digest, replacing
 
 # %% ../../nbs/11_data.documents.ipynb #document
@@ -129,6 +129,7 @@ class Decompressed(io.RawIOBase):
         try:
             data = self.inner.read1(len(buffer))            # what comes before the damage is given first
         except self.damages as e:
+            if getattr(e, 'errno', None): raise             # the disk has failed, not the file
             raise UserError(f'{self.name} is cut off or damaged ({e}); copy it again') from None
         self.given += len(data)
         if self.given > growth_limit(self.raw.tell()):
@@ -154,11 +155,13 @@ def reporting(place:str,
               report:Report,
               what:str='was not read to its end', # that is said of the place
              ):
-    "Where a file cannot be read any further, report it, so that what came before stands"
+    """Where a file cannot be read any further, report it, so that what came before stands.
+
+    A disk that fails is no property of the file: what may pass is raised"""
     try:
         yield
     except UserError as e:
-        if report is refuse: raise
+        if report is refuse or is_temporary(e): raise
         report(place, f'{what}: {e}')
 
 MAX_LINE = 2**26                            # bytes; a page of Wikipedia may have 2**21

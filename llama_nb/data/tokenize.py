@@ -27,7 +27,8 @@ import llama_nb
 from ..core import TemporaryError, UserError
 from .documents import (Document, Report, check_fraction, check_sides, is_held_out, open_raw,
                                      open_stream, read_stream, reporting, text_files)
-from .engine import claim_folder, describe, fingerprint, in_processes
+from .engine import claim_folder, describe, fingerprint
+from .executors import in_processes
 from .shards import (DISK_FULL, TokenShards, document_tokens, shard_metadata, token_dtype,
                                   write_manifest)
 from .stage import Tally
