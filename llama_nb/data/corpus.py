@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'OnDemand', 'load_tokens', 'read_pages',
            'text_places', 'clean_equal', 'count_sites', 'keep_site', 'load_json', 'find_copies', 'load_copies',
            'find_source', 'Plan', 'make_plan', 'source_job', 'read_pass', 'across', 'unrepeated', 'find_answer',
-           'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'known_problems']
+           'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'is_finished', 'result_text']
 
 # %% ../../nbs/7E_data.corpus.ipynb #imports
 import difflib, glob, json, os, re, shutil
@@ -373,8 +373,6 @@ def _sweep(folder:Path, *patterns:str):
             else: path.unlink(missing_ok=True)
 
 # %% ../../nbs/7E_data.corpus.ipynb #find-answer
-_INTERVAL = 2**24                                           # bytes of compressed documents per interval
-
 def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
                 files:dict[str, str],       # of documents, by number
                 made:dict,                  # what a manifest says of them
@@ -382,7 +380,7 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     "Look at all documents of a pass. Raises `UserError`, `OSError`"
     first = step.first(ask.keywords.get('rules'))
     about = {'asked': describe(ask), 'first': first, 'documents': made, 'version': llama_nb.__version__}
-    digest = claim_folder(folder, about, True, 'pass.json', ('done', 'work', 'answer.json', *_old(folder)))
+    digest = claim_folder(folder, about, ('done', 'work', 'answer.json', *_old(folder)), True, 'pass.json')
     if not (folder/'done').exists():
         _sweep(folder, 'tmp*', '.*.tmp', 'work')
         if step.pairs: _compare(ask, files, made, folder, workers, memory, not first, words)
@@ -393,6 +391,9 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     return OnDemand(FirstOnDisk if first else unrepeated, folder, digest)
 
 def _old(folder:Path)->list[str]: return [p.name for p in folder.glob('[pf]*-0*')]
+
+# %% ../../nbs/7E_data.corpus.ipynb #compare
+_INTERVAL = 2**24                                           # bytes of compressed documents per interval
 
 def _compare(ask:Callable, files:dict[str, str], made:dict, folder:Path, workers:int, memory:int,
              repeated:bool, words:str):
@@ -458,6 +459,7 @@ def _records(plan:Plan, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the
     numbers = [f'{i:06}' if several else name for i, name in enumerate(names)]
     return [(name, folder/'records'/f'{number}.json') for name, number in zip(names, numbers)]
 
+# %% ../../nbs/7E_data.corpus.ipynb #is-done
 def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
     "The tallies of a folder in which everything is done"
     if not (out/'finished.json').exists() or not (out/'manifest.json').exists(): return None
@@ -466,14 +468,14 @@ def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
     same = all(same_input(str(inputs[name]), seen) for name, seen in found['inputs'].items())
     return {k: Tally.from_dict(t) for k, t in found['tallies'].items()} if there and same else None
 
-# %% ../../nbs/7E_data.corpus.ipynb #clean-source
+# %% ../../nbs/7E_data.corpus.ipynb #claim
 _PARTS = ('finished.json', 'manifest.json', 'job.json', 'documents', 'records', 'passes', 'report.md',
           'report.html')
 
 def _about(plan:Plan, name:str, preset:str, inputs:dict)->dict: # JSON
     steps = [[step.name, describe(clean), ask and describe(ask)] for step, clean, ask in plan.steps]
-    return {'source': name, 'preset': preset, 'version': llama_nb.__version__, 'steps': steps,
-            'read': describe(plan.source.read), 'files': sorted(inputs)}
+    return {'corpus': {'source': name, 'preset': preset}, 'files': sorted(inputs), 'steps': steps,
+            'read': describe(plan.source.read), 'version': llama_nb.__version__}
 
 def _check_folder(out:Path):
     "Raise `UserError` if something else is there"
@@ -482,6 +484,7 @@ def _check_folder(out:Path):
         if not strange or (out/'corpus.json').exists(): return
     if os.path.lexists(out): raise UserError(f'{out} holds something else; choose another folder')
 
+# %% ../../nbs/7E_data.corpus.ipynb #clean-source
 def clean_source(source:str,            # one of `SOURCES`, or `documents`
                  inputs:dict,           # name -> path of a raw file; the name is that of the output
                  out,                   # folder
@@ -496,7 +499,7 @@ def clean_source(source:str,            # one of `SOURCES`, or `documents`
     plan, out = make_plan(source, preset, models, len(inputs)), Path(out)
     check_inputs(inputs)
     _check_folder(out)
-    claim_folder(out, _about(plan, source, preset, inputs), redo, 'corpus.json', _PARTS)
+    claim_folder(out, _about(plan, source, preset, inputs), _PARTS, redo, 'corpus.json')
     if found := _finished(inputs, out): return found
     for name in ('finished.json', 'manifest.json'): (out/name).unlink(missing_ok=True)
     workers = min(workers, len(inputs))
@@ -521,6 +524,7 @@ def _files_at(path:str, source:Source)->list[str]:
     if not found: raise UserError(f'there is no {path}: neither file, folder nor pattern for a {wanted}')
     return found
 
+# %% ../../nbs/7E_data.corpus.ipynb #named
 def find_files(source:str,
                paths:Iterable[str],     # files, folders, patterns
               )->dict[str, str]:        # name of the output -> path
@@ -601,6 +605,7 @@ _TEMPLATE = '''<!doctype html>
 {% endif %}{% endfor %}</pre>{% endfor %}</body></html>
 '''
 
+# %% ../../nbs/7E_data.corpus.ipynb #html-report
 def html_report(plan:Plan, total:dict[str, Tally], samples:list)->str: # a page
     "What was kept and what was removed, for people"
     from jinja2 import Environment                          # torch needs it, so it is there
@@ -621,7 +626,18 @@ def summary(total:dict[str, Tally])->str: # lines
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}' for a, b, c in rows)
 
-def known_problems(total:dict[str, Tally], n:int=3)->list[str]: # lines
-    "The first things that could not be read"
-    found = [problem for t in total.values() for problem in t.problems]
-    return [p.encode('utf-8', 'backslashreplace').decode() for p in found[:n]]
+def is_finished(out)->int: # when, in nanoseconds; 0 if it is not
+    "Whether everything is done in a folder"
+    place = Path(out)/'finished.json'
+    return place.stat().st_mtime_ns if place.exists() else 0
+
+def result_text(total:dict[str, Tally],
+                out,            # the folder
+                before:bool,    # whether it was finished before
+               )->str: # lines
+    "What a command says in the end"
+    problems = [problem for t in total.values() for problem in t.problems][:3]
+    lines = [f'could not be read, for example: {problem}' for problem in problems]
+    lines.append(f'{out}/documents: {"done before; nothing was left to do" if before else "done"}')
+    lines.append(f'{out}/report.html says what was removed and why')
+    return '\n'.join([summary(total), *lines]).encode('utf-8', 'backslashreplace').decode()
