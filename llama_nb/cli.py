@@ -136,13 +136,13 @@ def print_span(loader,    # a Loader
 @dataclass(frozen=True)
 class Clean:
     "Clean raw files of commoncrawl, c4, github, wikipedia, books, arxiv, stackexchange, or documents"
-    source:tyro.conf.Positional[str]             # one of these; `documents`: your own, of equal texts one stays
+    source:tyro.conf.Positional[str]             # one of these; of equal `documents` one stays
     paths:tyro.conf.Positional[tuple[str, ...]]  # files, folders, or patterns in quotation marks
     out:str                                      # folder of the result; the same command goes on with it
     preset:str='paper'                           # whose choices: paper, ccnet, redpajama, strict
     workers:int=setting(0, min=0, max=4096)      # processes; 0: one per core
     language_model:str=''                        # fastText classifier; none leaves the stage out
-    perplexity_model:str=''                      # n-gram model, .arpa or .bin, its tokenizer beside it; or none
+    perplexity_model:str=''                      # .arpa or .bin of an n-gram model, tokenizer beside it
     reference_model:str=''                       # fastText classifier; or none
     memory:int=setting(256, min=16, max=2**20)   # MB for comparing documents
     redo:bool=False                              # throw away what another command left in the folder

@@ -312,45 +312,69 @@ def test_mistakes_are_one_line(raw, tmp_path):
         assert '\n' not in str(e.value)
     assert not (tmp_path/'x').exists() and [p.name for p in (tmp_path/'mine').iterdir()] == ['thesis.tex']
 
-def test_passes_are_shared_among_workers(raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, '_SMALL_PASS', 0)
-    monkeypatch.setattr(corpus, '_INTERVAL', 100)           # bytes: many intervals
-    run(raw, 'documents', tmp_path/'two', workers=2)
-    assert len([*(tmp_path/'two'/'passes').rglob('first-*')]) > 5
-    monkeypatch.undo()
-    run(raw, 'documents', tmp_path/'one')
-    assert contents(tmp_path/'one') == contents(tmp_path/'two')
+def test_the_command(raw, tmp_path, capsys):
+    from llama_nb.cli import main
+    out = tmp_path/'out'
+    args = ['data', 'clean', 'github', str(raw/'github'), '--workers', '1', '--out']
+    assert main([*args, str(out)]) == 0
+    said = capsys.readouterr().out
+    assert 'github.licence' in said and f'{out}/report.html' in said and 'before' not in said
+    assert main([*args, str(out)]) == 0
+    assert 'nothing was left to do' in capsys.readouterr().out
+    wrong = {"did you mean 'github'": ['data', 'clean', 'gitub', str(raw), '--out', str(out)],
+             'name the raw files': ['data', 'clean', 'github', '--out', str(out)],
+             'another job': [*args, str(out), '--preset', 'strict'],
+             'something else': [*args, str(raw)],
+             'needs a language model': ['data', 'clean', 'commoncrawl', str(raw/'c4'), '--out', str(out/'x')],
+             'there is no model nowhere': ['data', 'clean', 'c4', str(raw/'c4'), '--out', str(out/'x'),
+                                           '--language-model', 'nowhere'],
+             'unknown setting': [*args, str(out), '--presett', 'strict']}
+    for words, line in wrong.items():
+        assert main(line) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count('\n') == 1
+    assert not (out/'x').exists()
+    assert main([*args, str(out), '--preset', 'strict', '--redo', 'True']) == 0
 
-def _clean(source, files, out, workers):
+def count(folder): return sum(len(files) for _, _, files in os.walk(folder))
+
+def _clean(source, files, out, workers, in_passes):
     "In a process of its own, which is the first of its group"
     os.setsid()
+    if in_passes: corpus._SMALL_PASS, corpus._INTERVAL = 0, 2000        # workers merge several intervals, too
     clean_source(source, files, out, models=NONE, workers=workers)
 
-def kills(files, source, folder, workers, times, seed=0):
+def kills(files, source, folder, workers, times, in_passes=False, seed=0):
     "How often a run was killed before it was done; in the end its bytes are those of a calm run"
+    assert corpus._SMALL_PASS and corpus._INTERVAL == 2**24
     context = multiprocessing.get_context('forkserver')     # which imports everything once
     context.set_forkserver_preload(['llama_nb.data.corpus'])
     clean_source(source, files, folder/'calm', models=NONE)
-    n, out, rng, killed = sum(1 for _ in (folder/'calm').rglob('*')), folder/'out', random.Random(seed), 0
+    calm, out, rng, killed = contents(folder/'calm'), folder/'out', random.Random(seed), 0
+    n = count(folder/'calm')
     for _ in range(times):
         wanted, end = rng.randrange(n), time.monotonic() + 100
-        process = context.Process(target=_clean, args=(source, files, out, workers))
+        process = context.Process(target=_clean, args=(source, files, out, workers, in_passes))
         process.start()
-        while process.is_alive() and sum(1 for _ in out.rglob('*')) < wanted and time.monotonic() < end:
+        while process.is_alive() and count(out) < wanted and time.monotonic() < end:
             time.sleep(.001)
         time.sleep(rng.random()*.02)
-        if process.is_alive():
+        try:
             os.killpg(process.pid, signal.SIGKILL)
-            killed += 1
+        except ProcessLookupError:                          # it is no group yet, or has ended
+            process.kill()
         process.join(100)
+        killed += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (0, -signal.SIGKILL)
-        if process.exitcode == 0: shutil.rmtree(out)        # it was faster: once more from the beginning
+        if process.exitcode == 0:                           # it was faster: once more from the beginning
+            assert contents(out) == calm
+            shutil.rmtree(out)
     clean_source(source, files, out, models=NONE)
-    assert contents(out) == contents(folder/'calm')
+    assert contents(out) == calm
     assert [*out.rglob('.*.tmp')] == [] and [*out.rglob('pairs-*')] == []
     return killed
 
 @pytest.mark.skipif(os.name == 'nt', reason='kills a group of processes')
-@pytest.mark.parametrize('source, workers', [('c4', 1), ('documents', 2)])
-def test_killed_at_random_instants_it_ends_with_the_same_bytes(raw, tmp_path, source, workers):
-    kills(find_files(source, [raw/source]), source, tmp_path, workers, 2)
+@pytest.mark.parametrize('source, workers, times', [('c4', 1, 3), ('documents', 2, 1)])
+def test_killed_at_random_instants_it_ends_with_the_same_bytes(raw, tmp_path, source, workers, times):
+    kills(find_files(source, [raw/source]), source, tmp_path, workers, times)

@@ -14,4 +14,4 @@ def test_a_random_rank_of_four_is_killed_twenty_times(run_file, start_ranks, tmp
 @pytest.mark.parametrize('source', ['c4', 'github', 'books', 'documents'])
 def test_a_pipeline_is_killed_twenty_times(tmp_path, source, workers):
     RAW[source](tmp_path/'raw')
-    assert kills(find_files(source, [tmp_path/'raw']), source, tmp_path, workers, 20, workers) > 10
+    assert kills(find_files(source, [tmp_path/'raw']), source, tmp_path, workers, 20, True, workers) > 10

@@ -39,7 +39,7 @@ from .stackexchange import (StackexchangeRules, clean_stackexchange, largest_sit
                                          read_stackexchange)
 from .stage import Decision, Tally, choice, judge
 from .wikipedia import WikipediaRules, clean_wikipedia, read_wikipedia
-from ..files import bytes_digest, file_digest, write_atomic
+from ..files import file_digest, write_atomic
 
 # %% ../../nbs/7E_data.corpus.ipynb #step
 def _always(preset:str)->bool: return True
@@ -290,7 +290,7 @@ def _model_of(step:Step, models:Models, name:str)->tuple[str, str]: # path, or w
     "Raises `UserError` if the model is missing and nobody said that it may"
     path = getattr(models, step.model) if step.model else ''
     if not step.model or path not in ('', 'none'): return path, ''
-    if path == 'none' or step.optional: return '', f'{step.name}: there is no model; nothing was removed by it'
+    if path == 'none' or step.optional: return '', f'{step.name}, for want of a model'
     raise UserError(f'{name} needs a {step.model} model for its stage "{step.name}": name its file, '
                     'or say none to leave the stage out')
 
@@ -334,7 +334,9 @@ def read_pass(path, report:Report=refuse)->Iterator[Document]:
 
 def _placed(docs:Iterable[Document])->Iterator[Document]:
     "The same with their places as ids"
-    for doc in docs: yield replace(doc, id=doc.metadata[_PLACE], metadata={**doc.metadata, _NAME: doc.id})
+    for doc in docs:
+        about = {**doc.metadata, _NAME: doc.id}
+        yield replace(doc, id=about[_PLACE], metadata=about)
 
 def across(doc:Document, clean:Callable, answer)->tuple[Document|None, list[Decision]]:
     "A cleaner that asks what a pass has found"
@@ -369,8 +371,8 @@ def _sweep(folder:Path, *patterns:str):
     "Remove what is not needed any more, or was left by a process that was killed"
     for pattern in patterns:
         for path in folder.glob(pattern):
-            if path.is_dir(): shutil.rmtree(path)
-            else: path.unlink(missing_ok=True)
+            remove = shutil.rmtree if path.is_dir() else os.unlink
+            remove(path)
 
 # %% ../../nbs/7E_data.corpus.ipynb #find-answer
 def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
@@ -383,8 +385,10 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     digest = claim_folder(folder, about, ('done', 'work', 'answer.json', *_old(folder)), True, 'pass.json')
     if not (folder/'done').exists():
         _sweep(folder, 'tmp*', '.*.tmp', 'work')
-        if step.pairs: _compare(ask, files, made, folder, workers, memory, not first, words)
-        else: _all_done(_collect, [(ask, [*files.values()], folder, memory)], 1, words)
+        if step.pairs:
+            _compare(ask, files, made, folder, workers, memory, not first, words)
+        else:
+            _all_done(_collect, [(ask, [*files.values()], folder, memory)], 1, words)
         write_atomic(folder/'done', '')
     _sweep(folder, 'pairs-*', 'work')
     if step.collect: return OnDemand(step.load, folder/'answer.json', digest)
@@ -394,11 +398,13 @@ def _old(folder:Path)->list[str]: return [p.name for p in folder.glob('[pf]*-0*'
 
 # %% ../../nbs/7E_data.corpus.ipynb #compare
 _INTERVAL = 2**24                                           # bytes of compressed documents per interval
+_SMALL_PASS = 2**22                                         # below, workers start slower than one works
 
 def _compare(ask:Callable, files:dict[str, str], made:dict, folder:Path, workers:int, memory:int,
              repeated:bool, words:str):
     n, size = len(files), sum(about['bytes'] for about in made.values())
     parts = min(64, 1 + size//_INTERVAL)
+    if size < _SMALL_PASS: workers = 1
     tasks = [(ask, path, folder, rank, parts) for rank, path in enumerate(files.values())
              if not (folder/f'pairs-{rank:05}').exists()]
     _all_done(_spill, tasks, workers, words and f'{words}: keys')
@@ -445,11 +451,11 @@ def _counted(total:dict[str, Tally])->dict[str, Tally]:
 
 def _finish(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
     "Write the reports, and then that everything is done"
-    text = report_text(total) + ''.join(f'\n- {note}\n' for note in plan.notes)
+    text = report_text(total) + ''.join(f'\nLeft out: {note}.\n' for note in plan.notes)
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))
     page = html_report(plan, total, before_and_after(plan, inputs, out))
     write_atomic(out/'report.html', page.encode('utf-8', 'xmlcharrefreplace'))
-    seen = {name: json.loads(path.read_text(encoding='utf-8'))['input'] for name, path in _records(plan, inputs, out)}
+    seen = {name: load_json(path)['input'] for name, path in _records(plan, inputs, out)}
     about = {'inputs': seen, 'tallies': {name: asdict(tally) for name, tally in total.items()}}
     write_atomic(out/'finished.json', json.dumps(about, indent=1) + '\n')
 
@@ -600,7 +606,8 @@ _TEMPLATE = '''<!doctype html>
 <ul>{% for problem in t.problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
 {% if samples %}<h2>Before and after</h2>{% endif %}
 {% for name, changes in samples %}<h3><code>{{ name }}</code></h3><pre>{% for mark, line in changes -%}
-{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}<{{ tag }}>{{ mark }} <bdi>{{ line }}</bdi></{{ tag }}>
+{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}<{{ tag }}>{{ mark }} <bdi>
+{{- line }}</bdi></{{ tag }}>
 {%- if tag == 'span' %}
 {% endif %}{% endfor %}</pre>{% endfor %}</body></html>
 '''

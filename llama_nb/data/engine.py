@@ -120,7 +120,7 @@ def _claim(out:Path, job:Job, names:list[str], redo:bool=False)->str: # digest o
 
 def claim_folder(out:Path,
                  about:dict,               # all that decides what the job makes; JSON
-                 results:tuple[str, ...],  # files and folders of another job that `redo` removes, in this order
+                 results:tuple[str, ...],  # files and folders that `redo` removes, in this order
                  redo:bool=False,
                  name:str='job.json',      # where it is written
                 )->str:                    # digest of the job
