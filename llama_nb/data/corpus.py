@@ -581,7 +581,7 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child { text-align: left; }
 .bar { background: var(--soft); width: 12rem; padding: 0; } .bar div { background: var(--in); height: 1rem; }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; white-space: pre-wrap; font-size: 13px; }
-del, ins { text-decoration: none; display: block; } del { color: var(--out); } ins { color: var(--in); }
+del, ins, pre span { text-decoration: none; display: block; } del { color: var(--out); } ins { color: var(--in); }
 summary { cursor: pointer; } li { overflow-wrap: anywhere; }
 '''
 
@@ -605,11 +605,10 @@ _TEMPLATE = '''<!doctype html>
 </ul></details>{% endfor %}{% if t.unread %}<p>{{ '{:,}'.format(t.unread) }} could not be read.</p>
 <ul>{% for problem in t.problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
 {% if samples %}<h2>Before and after</h2>{% endif %}
-{% for name, changes in samples %}<h3><code>{{ name }}</code></h3><pre>{% for mark, line in changes -%}
-{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}<{{ tag }}>{{ mark }} <bdi>
-{{- line }}</bdi></{{ tag }}>
-{%- if tag == 'span' %}
-{% endif %}{% endfor %}</pre>{% endfor %}</body></html>
+{% for name, changes in samples %}<h3><code>{{ name }}</code></h3><pre>
+{%- for mark, line in changes %}{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}
+<{{ tag }}>{{ mark }} <bdi>{{ line }}</bdi></{{ tag }}>{% endfor %}
+</pre>{% endfor %}</body></html>
 '''
 
 # %% ../../nbs/7E_data.corpus.ipynb #html-report
