@@ -552,11 +552,15 @@ def _named(paths:list[str])->dict[str, str]:
 
 # %% ../../nbs/7E_data.corpus.ipynb #before-after
 _SMALL, _LOOK_AT = 2**26, 200                               # bytes of a raw file; documents of it
+_HEAD = 20_000                                              # characters of a document
 
 def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-' or '+', line)
     "The first lines that differ"
-    old, new = before.splitlines()[:200], after.splitlines()[:100]
+    old, new = before.splitlines()[:400], after.splitlines()[:400]
+    cut = max(len(before), len(after)) == _HEAD or max(len(old), len(new)) == 400
     lines = [line for line in difflib.unified_diff(old, new, n=1, lineterm='') if line[:2] != '@@'][2:]
+    while cut and any(line[0] == ' ' for line in lines) and lines[-1][0] != ' ':
+        lines.pop()                                         # only one of the two was cut there
     return [(line[0], line[1:300]) for line in lines[:30]]
 
 def before_and_after(plan:Plan, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
@@ -566,22 +570,24 @@ def before_and_after(plan:Plan, inputs:dict, out:Path, n:int=3)->list[tuple[str,
         output = f'documents/{name}.jsonl.zst'
         if not made[output]['documents'] or os.path.getsize(inputs[name]) > _SMALL: continue
         docs = islice(plan.source.read(str(inputs[name]), _pass_over), _LOOK_AT)
-        raw = {doc.id: doc.text[:20_000] for doc in docs}
+        raw = {doc.id: doc.text[:_HEAD] for doc in docs}
         kept = [d for d in islice(read_documents(out/output), _LOOK_AT)
-                if d.id in raw and raw[d.id] != d.text[:20_000]]
-        return [(d.id, _changes(raw[d.id], d.text[:20_000])) for d in kept[:n]]
+                if d.id in raw and raw[d.id] != d.text[:_HEAD]]
+        return [(d.id, _changes(raw[d.id], d.text[:_HEAD])) for d in kept[:n]]
     return []
 
 # %% ../../nbs/7E_data.corpus.ipynb #style
 _STYLE = '''
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --out: #c33; --in: #2a7; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --out: #b22; --in: #174; }
+@media (prefers-color-scheme: dark) { :root { --out: #f88; --in: #6d9; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 .bar { background: var(--soft); width: 12rem; padding: 0; } .bar div { background: var(--in); height: 1rem; }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; white-space: pre-wrap; font-size: 13px; }
-del, ins, pre span { text-decoration: none; display: block; } del { color: var(--out); } ins { color: var(--in); }
+del, ins, pre span { text-decoration: none; display: block; }
+del { color: var(--out); } ins { color: var(--in); }
 summary { cursor: pointer; } li { overflow-wrap: anywhere; }
 '''
 
