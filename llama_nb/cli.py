@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'print_shards', 'Join', 'Show',
-           'print_span', 'print_provenance', 'train', 'open_run', 'newest', 'Generate', 'Convert', 'Plan', 'usage',
-           'dispatch', 'main', 'program']
+           'print_span', 'print_provenance', 'Clean', 'train', 'open_run', 'newest', 'Generate', 'Convert', 'Plan',
+           'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import os, sys
@@ -175,6 +175,33 @@ def print_provenance(shards, start:int, length:int):
         left -= found.stop - start
         start = found.stop % shards.n_tokens
 
+# %% ../nbs/92_cli.ipynb #clean-command
+@dataclass(frozen=True)
+class Clean:
+    "Clean raw files of commoncrawl, c4, github, wikipedia, books, arxiv, stackexchange, or documents"
+    source:tyro.conf.Positional[str]             # one of these; of equal `documents` one stays
+    paths:tyro.conf.Positional[tuple[str, ...]]  # files, folders, or patterns in quotation marks
+    out:str                                      # folder of the result; the same command goes on with it
+    preset:str='paper'                           # whose choices: paper, ccnet, redpajama, strict
+    workers:int=setting(0, min=0, max=4096)      # processes; 0: one per core
+    language_model:str=''                        # fastText classifier; none leaves the stage out
+    perplexity_model:str=''                      # .arpa or .bin of an n-gram model, tokenizer beside it
+    reference_model:str=''                       # fastText classifier; or none
+    memory:int=setting(256, min=16, max=2**20)   # MB for comparing documents
+    redo:bool=False                              # throw away what another command left in the folder
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code
+        from llama_nb.data.corpus import Models, clean_source, find_files, is_finished, result_text
+        models = Models(self.language_model, self.perplexity_model, self.reference_model)
+        files, workers = find_files(self.source, self.paths), self.workers or os.cpu_count()
+        done = is_finished(self.out)
+        total = clean_source(self.source, files, self.out, self.preset, models, workers, self.redo,
+                             sys.stderr.isatty(), 2**20*self.memory)
+        print(result_text(total, self.out, done == is_finished(self.out)))
+        return 0
+
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`"
@@ -291,8 +318,8 @@ class Plan:
         return answer(self)
 
 # %% ../nbs/92_cli.ipynb #dispatch
-COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data join': Join, 'data show': Show,
-            'train': train, 'generate': Generate, 'convert': Convert, 'plan': Plan}
+COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean, 'data join': Join,
+            'data show': Show, 'train': train, 'generate': Generate, 'convert': Convert, 'plan': Plan}
 
 def usage()->str:
     "What `llama-nb --help` prints"

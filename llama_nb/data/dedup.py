@@ -175,13 +175,15 @@ def merge_pairs(folder,
                 tasks:int,          # that have written
                 partitions:int=64,
                 memory:int=MEMORY,  # bytes
+                repeated:bool=False, # instead: place '' has each key that occurs in several places
                ):
     "Find the winners in one interval of the hash. Raises `UserError` if a task has not written"
     paths = [Path(folder)/f'pairs-{rank:05}'/f'{partition:05}' for rank in range(tasks)]
     missing = [str(p.parent) for p in paths if not p.exists()]
     if missing: raise UserError(f'{missing[0]} is missing; run its task before merging')
     pairs = chain.from_iterable(_read_pairs(p) for p in paths)
-    groups = grouped(pairs, 1, folder, memory, scale=partitions)
+    groups = grouped(pairs, 1 + repeated, folder, memory, scale=partitions)
+    if repeated: groups = ((key, ['']) for key, places in groups if len(places) > 1)
     _write_first(groups, Path(folder)/f'first-{partition:05}-of-{partitions:05}')
 
 # %% ../../nbs/72_data.dedup.ipynb #shingles

@@ -297,7 +297,9 @@ def _packed(path:Path, kind:str)->Iterator[BinaryIO]:
         if kind == '.gz':       # neither the time of day nor the name goes into the file
             with gzip.GzipFile('', 'wb', fileobj=f, mtime=0) as packed: yield packed
         elif kind == '.zst':
-            with _zstd().open(f, 'wb') as packed: yield packed
+            with _zstd().open(f, 'wb') as packed:
+                packed.write(b'')                           # or no documents would be no frame
+                yield packed
         else:
             yield f
 
