@@ -8,11 +8,11 @@ __all__ = ['USER_AGENT', 'DELAYS', 'MAX_REDIRECTS', 'RETRIES', 'MAX_WAIT', 'CRAW
            'Account', 'fetch_source', 'fetch_sources', 'Figure', 'Rates', 'Whole', 'core_hours', 'load_days']
 
 # %% ../../nbs/7H_data.fetch.ipynb #imports
-import gzip, hashlib, io, json, os, random, re, shutil, socket, time
+import gzip, hashlib, io, json, os, random, re, shutil, socket, sys, time, zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -84,12 +84,13 @@ def _problem(error, address:str)->Exception:
     kinds, host = _urllib3().exceptions, urlsplit(address).netloc
     while isinstance(error, (kinds.MaxRetryError, kinds.ProxyError)):
         error = getattr(error, 'reason', None) or getattr(error, 'original_error', None)
-    if isinstance(error, kinds.LocationValueError): return UserError(f'{address} is no address that can be opened')
+    if isinstance(error, kinds.LocationValueError): return UserError(f'{address} is no address that opens')
     if isinstance(error, kinds.SSLError): return _certificate(error, host)
     cause = error.__cause__ if error is not None else None
     if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
         return UserError(f'the host {host} is not known here; --mirror names another place')
     if isinstance(error, kinds.TimeoutError): return _Again(f'{host} does not answer in time')
+    if isinstance(error, kinds.IncompleteRead): return _Again(f'the connection to {host} broke off')
     return _Again(f'the connection to {host} failed ({_words(cause) or _words(error)})')
 
 def _certificate(error, host:str)->Exception:
@@ -130,12 +131,12 @@ class _Requests:
         if due > 0: self.sleep(due)
         self.last[host] = self.now()
         headers = {'User-Agent': USER_AGENT, 'Accept-Encoding': 'identity', **headers}
-        patience = library.Timeout(_CONNECT, _SILENCE)
+        how = dict(timeout=library.Timeout(_CONNECT, _SILENCE), retries=False, redirect=False,
+                   preload_content=False, decode_content=False)
         try:
-            return self._pool(address).request('GET', address, headers=headers, timeout=patience, retries=False,
-                                               preload_content=False, decode_content=False, redirect=False)
+            return self._pool(address).request('GET', address, headers=headers, **how)
         except library.exceptions.HTTPError as e:
-            raise _problem(e, address) from e
+            raise _problem(e, address) from None
 
     def _pool(self, address:str):
         scheme, host = urlsplit(address)[:2]
@@ -159,7 +160,7 @@ class _Requests:
         try:
             return response.read1(_PIECE)
         except _urllib3().exceptions.HTTPError as e:
-            raise _problem(e, address) from e
+            raise _problem(e, address) from None
 
 # %% ../../nbs/7H_data.fetch.ipynb #follow
 def _follow(address:str, target:str)->str:
@@ -311,7 +312,7 @@ class Fetcher(Web):
             fsync_folder(path.parent)
         except OSError as e:
             kind = TemporaryError if is_temporary(e) else UserError
-            raise kind(f'{e.filename or part.path}: {e.strerror or e}') from e
+            raise kind(f'{e.filename or part.path}: {e.strerror or e}') from None
         etag = part.version().get('validator', '')
         part.clear()
         return {**found, 'from': address, 'etag': etag, 'date': _today(), 'licence': remote.licence}
@@ -323,16 +324,16 @@ class Fetcher(Web):
             _room_for(total - part.size, part.path.parent)
             self._store(response, address, part, total or remote.limit)
             whole = total or remote.size or remote.digest or response.chunked
-            if not whole: raise UserError(f'{address} does not say how long it is')
+            if not whole: raise _refused(part, f'{address} does not say how long it is')
             if part.size < total: raise _Again(f'{address} breaks off')
 
     def _store(self, response, address:str, part:_Part, most:int):
         with open(part.path, 'ab') as f:
-            bar = tqdm(total=most, initial=f.tell(), unit='B', unit_scale=True, desc=part.path.stem, leave=False,
-                       disable=None)
-            with bar:
+            how = dict(unit='B', unit_scale=True, leave=False, disable=not sys.stderr.isatty())
+            with tqdm(total=most, initial=f.tell(), desc=part.path.stem, **how) as bar:
                 for piece in self.pieces(response, address):
-                    if f.tell() + len(piece) > most: raise UserError(f'{address} has more than {most:,} bytes')
+                    if f.tell() + len(piece) > most:
+                        raise _refused(part, f'{address} has more than {most:,} bytes')
                     f.write(piece)
                     bar.update(len(piece))
 
@@ -351,10 +352,12 @@ def _check(remote:Remote, address:str, part:_Part)->dict: # bytes and digests
         problem = f'does not begin like a {Path(remote.name).suffix} file'
     size = part.size
     if remote.size and size != remote.size: problem = f'has {size:,} bytes, and not {remote.size:,}'
-    if problem:
-        part.clear()
-        raise UserError(f'{address} {problem}; nothing was kept')
+    if problem: raise _refused(part, f'{address} {problem}')
     return {'bytes': size, 'sha256': found['sha256'], 'stated': remote.digest}
+
+def _refused(part:_Part, why:str)->UserError:
+    part.clear()
+    return UserError(f'{why}; nothing was kept')
 
 def _digests(path, kinds:set[str])->dict[str, str]:
     found = {kind: hashlib.new(kind, usedforsecurity=False) for kind in kinds}
@@ -367,7 +370,7 @@ def _room_for(n:int, folder:Path):
     free = shutil.disk_usage(folder).free
     if n > free: raise TemporaryError(f'{folder} has room for {free:,} bytes, and {n:,} are to come')
 
-def _today()->str: return datetime.now(timezone.utc).isoformat(timespec='seconds')
+def _today()->str: return datetime.now(UTC).isoformat(timespec='seconds')
 
 # %% ../../nbs/7H_data.fetch.ipynb #find
 CRAWL = 'CC-MAIN-2019-09'
@@ -383,8 +386,9 @@ def _expected(found, address:str): # what was found
 def _commoncrawl(web:Web, n:int)->list[Remote]:
     address = f'{_CRAWLS}/crawl-data/{CRAWL}/wet.paths.gz'
     try:
-        with gzip.open(io.BytesIO(web.read(address, _LIST))) as f: lines = f.read(2**20).decode().split('\n')
-    except (OSError, EOFError, ValueError, gzip.zlib.error):
+        with gzip.open(io.BytesIO(web.read(address, _LIST))) as f:
+            lines = f.read(2**20).decode().split('\n')
+    except (OSError, EOFError, ValueError, zlib.error):
         lines = []
     fine = r'crawl-data/[A-Za-z0-9_./-]+\.warc\.wet\.gz'
     paths = [p for p in lines[:n] if re.fullmatch(fine, p) and '..' not in p]
@@ -393,13 +397,15 @@ def _commoncrawl(web:Web, n:int)->list[Remote]:
             for p in paths]
 
 def _c4(web:Web, n:int)->list[Remote]:
-    found = []
-    for name in (f'c4-train.{i:05}-of-01024.json.gz' for i in range(n)):
-        address = f'{_C4}/raw/{_C4_VERSION}/en/{name}'
-        pointer = web.read(address, 2**12).decode('utf-8', 'replace')
-        digest, size = _expected(re.search(r'oid (sha256:[0-9a-f]{64})\nsize (\d{1,12})\n', pointer), address).groups()
-        found.append(Remote(f'{_C4}/resolve/{_C4_VERSION}/en/{name}', name, 'ODC-BY-1.0', 2**30, digest, int(size)))
-    return found
+    return [_c4_shard(web, f'c4-train.{i:05}-of-01024.json.gz') for i in range(n)]
+
+def _c4_shard(web:Web, name:str)->Remote:
+    address = f'{_C4}/raw/{_C4_VERSION}/en/{name}'
+    pointer = web.read(address, 2**12).decode('utf-8', 'replace')
+    found = re.search(r'oid (sha256:[0-9a-f]{64})\nsize (\d{1,12})\n', pointer)
+    digest, size = _expected(found, address).groups()
+    address = f'{_C4}/resolve/{_C4_VERSION}/en/{name}'
+    return Remote(address, name, 'ODC-BY-1.0', 2**30, digest, int(size))
 
 # %% ../../nbs/7H_data.fetch.ipynb #find-more
 WIKI, SITE = 'slwiki', 'beer.stackexchange.com'
@@ -409,8 +415,9 @@ _ITEM = 'https://archive.org/download/stackexchange'
 def _wikipedia(web:Web, n:int)->list[Remote]:
     address = f'{_DUMPS}/{WIKI}/latest/{WIKI}-latest-sha1sums.txt'
     text = web.read(address, _LIST).decode('utf-8', 'replace')
-    line = _expected(re.search(rf'(?m)^([0-9a-f]{{40}})  ({WIKI}-(\d{{8}})-pages-articles\.xml\.bz2)$', text), address)
-    digest, name, day = line.groups()                       # by its date: `latest` may change meanwhile
+    line = rf'(?m)^([0-9a-f]{{40}})  ({WIKI}-(\d{{8}})-pages-articles\.xml\.bz2)$'
+    digest, name, day = _expected(re.search(line, text), address).groups()
+    # by its date: `latest` may become another one while it is loaded
     return [Remote(f'{_DUMPS}/{WIKI}/{day}/{name}', name, 'CC-BY-SA-4.0', 2**32, f'sha1:{digest}')]
 
 def _stackexchange(web:Web, n:int)->list[Remote]:
@@ -427,8 +434,8 @@ def _stackexchange(web:Web, n:int)->list[Remote]:
 # %% ../../nbs/7H_data.fetch.ipynb #find-fixed
 PROJECTS = {'pallets/click@8.1.7': 'BSD-3-Clause', 'psf/requests@v2.31.0': 'Apache-2.0',
             'expressjs/express@4.18.2': 'MIT'}
-BOOKS = 11, 84, 1342, 2701                                  # Alice, Frankenstein, Pride and Prejudice, Moby-Dick
-PAPERS = '1706.03762v7', '1910.10683v4', '1911.00359v2', '2302.13971v1'  # attention, C4, CCNet, LLaMA
+BOOKS = 11, 84, 1342, 2701              # Alice, Frankenstein, Pride and Prejudice, Moby-Dick
+PAPERS = '1706.03762v7', '1910.10683v4', '1911.00359v2', '2302.13971v1' # attention, C4, CCNet, LLaMA
 
 def _github(web:Web, n:int)->list[Remote]:
     found = []
@@ -458,28 +465,43 @@ class Source:
     find:Callable           # (Web, number of files) -> [Remote]
     many:bool=False         # whether there can be more files than one
 
+_TERMS = 'https://commoncrawl.org/terms-of-use'
 SOURCES = {
-    'commoncrawl': Source(f'text of web pages (WET), the first files of {CRAWL}',
-                          f'{_CRAWLS}/crawl-data/{CRAWL}/wet.paths.gz', '125 MB a file', 'none',
-                          'https://commoncrawl.org/terms-of-use; the pages are their authors\'', _commoncrawl, True),
-    'c4': Source('the first shards of C4, English', f'{_C4}/resolve/{_C4_VERSION}/en/', '319 MB a file', 'sha256',
-                 'ODC-BY-1.0, and the terms of Common Crawl', _c4, True),
-    'github': Source(f'projects at fixed tags: {", ".join(PROJECTS)}', 'https://codeload.github.com/',
-                     'about 5 MB', 'none', ', '.join(PROJECTS.values()), _github),
-    'wikipedia': Source(f'the newest dump of {WIKI}', f'{_DUMPS}/{WIKI}/latest/', '211 MB in 2019', 'sha1',
-                        'CC-BY-SA-4.0 (3.0 until June 2023)', _wikipedia),
-    'books': Source(f'{len(BOOKS)} books of Project Gutenberg, from a mirror', 'https://gutenberg.pglaf.org/',
-                    'about 3 MB', 'none', 'in the public domain in the USA; '
-                    'https://www.gutenberg.org/policy/license.html', _books),
-    'arxiv': Source(f'the sources of {", ".join(PAPERS)}', 'https://export.arxiv.org/e-print/', 'about 5 MB',
-                    'none', 'of each paper; https://arxiv.org/abs/ID', _arxiv),
-    'stackexchange': Source(f'the site {SITE}', f'{_ITEM}/', '3.7 MB in 2021', 'sha1',
-                            'CC-BY-SA-4.0 (2.5 or 3.0 for older posts)', _stackexchange)}
+    'commoncrawl': Source(
+        f'text of web pages (WET), the first files of {CRAWL}',
+        f'{_CRAWLS}/crawl-data/{CRAWL}/wet.paths.gz', '125 MB a file', 'none',
+        f'{_TERMS}; the pages belong to their authors', _commoncrawl, True),
+    'c4': Source(
+        'the first shards of C4, English',
+        f'{_C4}/resolve/{_C4_VERSION}/en/', '319 MB a file', 'sha256',
+        f'ODC-BY-1.0, and {_TERMS}', _c4, True),
+    'github': Source(
+        f'projects at fixed tags: {", ".join(PROJECTS)}',
+        'https://codeload.github.com/', 'about 5 MB', 'none',
+        ', '.join(PROJECTS.values()), _github),
+    'wikipedia': Source(
+        f'the newest dump of {WIKI}',
+        f'{_DUMPS}/{WIKI}/latest/', '211 MB in 2019', 'sha1',
+        'CC-BY-SA-4.0 (3.0 until June 2023)', _wikipedia),
+    'books': Source(
+        f'{len(BOOKS)} books of Project Gutenberg, from a mirror',
+        'https://gutenberg.pglaf.org/', 'about 3 MB', 'none',
+        'in the public domain in the USA; https://www.gutenberg.org/policy/license.html', _books),
+    'arxiv': Source(
+        f'the sources of {", ".join(PAPERS)}',
+        'https://export.arxiv.org/e-print/', 'about 5 MB', 'none',
+        'of each paper; https://arxiv.org/abs/ID', _arxiv),
+    'stackexchange': Source(
+        f'the site {SITE}',
+        f'{_ITEM}/', '3.7 MB in 2021', 'sha1',
+        'CC-BY-SA-4.0 (older posts 2.5 or 3.0)', _stackexchange)}
 
 def choose_sources(name:str, # of a source, or `all`
                   )->list[str]:
     "Raises `UserError` with the nearest name"
-    return [*SOURCES] if name == 'all' else [name] if choose({**SOURCES, 'all': 0}, name, 'source') else []
+    if name == 'all': return [*SOURCES]
+    choose({**SOURCES, 'all': None}, name, 'source')
+    return [name]
 
 def listing(names:list[str]=(*SOURCES,))->str:
     "What would be fetched from where; nothing is loaded for it"
@@ -531,7 +553,8 @@ def _alone(folder:Path):
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f'another fetch works in {folder.parent}; wait for it or choose another folder') from None
+            raise UserError(f'another fetch works in {folder.parent}; '
+                            'wait for it or choose another folder') from None
         except (ImportError, OSError):                      # a system or a disk without locks
             pass
         yield
@@ -552,7 +575,8 @@ def fetch_source(name:str,          # of `SOURCES`
             if not known:
                 row = web.fetch(remote, path.parent, out/'.parts'/name)
                 account.add(f'{name}/{remote.name}', {'address': remote.address, **row})
-            web.report(f'{name}/{remote.name}: {path.stat().st_size:,} bytes{", was there" if known else ""}')
+            state = ', was there' if known else ''
+            web.report(f'{name}/{remote.name}: {path.stat().st_size:,} bytes{state}')
             paths.append(path)
     return paths
 
@@ -568,8 +592,8 @@ def fetch_sources(names:list[str], out, web:Fetcher, files:int=1):
             failed.append((name, e))
     if not failed: return
     kind = TemporaryError if all(is_temporary(e) for _, e in failed) else UserError
-    raise kind(f'{len(failed)} of {len(names)} sources are not complete: {", ".join(name for name, _ in failed)}; '
-               'the same command goes on')
+    missing = ', '.join(name for name, _ in failed)
+    raise kind(f'{len(failed)} of {len(names)} sources are not complete: {missing}; the same command goes on')
 
 # %% ../../nbs/7H_data.fetch.ipynb #figure
 @dataclass(frozen=True)
@@ -580,8 +604,10 @@ class Figure:
     origin:str=''
 
     def __str__(self):
-        said = f'{self.value:,.0f}' if self.value >= 10 else f'{self.value:.2g}'
-        return {'published': said, 'measured': f'`{said}`', 'assumed': f'({said}?)', 'computed': f'*{said}*'}[self.kind]
+        said = f'{self.value:,.0f}' if self.value >= 10 else f'{self.value:.1g}'
+        if self.value < .1: said = '<0.1'
+        ways = {'published': said, 'measured': f'`{said}`', 'assumed': f'({said}?)', 'computed': f'*{said}*'}
+        return ways[self.kind]
 
 @dataclass(frozen=True)
 class Rates:
@@ -618,7 +644,7 @@ WHOLE = {
     'CommonCrawl': Whole(
         Figure(5*7620*_TIB, 'published', '7.62 TiB of WET in February 2019, five times'),
         Figure(5*24_000, 'published', f'24 TB of text in February 2019: {CCNET}; five times'), _paper(3300),
-        {'wet_read': 1, 'line_hash': 1, 'line_removal': 1, 'language': .3, 'perplexity': .14, 'reference': .08}),
+        dict(wet_read=1, line_hash=1, line_removal=1, language=.3, perplexity=.14, reference=.08)),
     'C4': Whole(Figure(305, 'published', 'README of allenai/c4'), _paper(783), _paper(783), {}),
     'Github': Whole(Figure(3000, 'published', 'BigQuery, "3 TB and more", read there'),
                     Figure(656, 'assumed', 'half of it stays'), _paper(328), {'code_rules': 1}),
