@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -89,8 +90,9 @@ def _problem(error, address:str)->Exception:
     cause = error.__cause__ if error is not None else None
     if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
         return UserError(f'the host {host} is not known here; --mirror names another place')
-    if isinstance(error, kinds.TimeoutError): return _Again(f'{host} does not answer in time')
-    if isinstance(error, kinds.IncompleteRead): return _Again(f'the connection to {host} broke off')
+    silent = isinstance(error, kinds.TimeoutError) and not isinstance(error, kinds.NewConnectionError)
+    if silent: return _Again(f'{host} does not answer in time')
+    if isinstance(cause, IncompleteRead): return _Again(f'the connection to {host} broke off')
     return _Again(f'the connection to {host} failed ({_words(cause) or _words(error)})')
 
 def _certificate(error, host:str)->Exception:
@@ -126,12 +128,13 @@ class _Requests:
         raise UserError(f'{asked} is redirected more than {MAX_REDIRECTS} times')
 
     def _request(self, address:str, headers:dict):
+        if not re.match('https?://.', address): raise UserError(f'{address!r} is no address that opens')
         host, library = urlsplit(address).hostname, _urllib3()
         due = self.last.get(host, -1e9) + DELAYS.get(host, 0) - self.now()
         if due > 0: self.sleep(due)
         self.last[host] = self.now()
         headers = {'User-Agent': USER_AGENT, 'Accept-Encoding': 'identity', **headers}
-        how = dict(timeout=library.Timeout(_CONNECT, _SILENCE), retries=False, redirect=False,
+        how = dict(timeout=library.Timeout(connect=_CONNECT, read=_SILENCE), retries=False, redirect=False,
                    preload_content=False, decode_content=False)
         try:
             return self._pool(address).request('GET', address, headers=headers, **how)
@@ -232,8 +235,8 @@ def _accept(response, remote:Remote, address:str, part:_Part)->int: # bytes of t
     coding = response.headers.get('Content-Encoding', 'identity')
     if coding != 'identity' and not (coding in ('gzip', 'x-gzip') and remote.name.endswith('.gz')):
         raise UserError(f'{address} comes encoded as {_words(coding)!r}, which was not asked for')
-    rest = response.length_remaining or 0
-    total = part.size + rest if response.status == 206 else rest
+    total = response.length_remaining or 0
+    if response.status == 206: total = int(response.headers['Content-Range'].rpartition('/')[2])
     if total > remote.limit:
         raise UserError(f'{address} has {total:,} bytes; more than {remote.limit:,} are not expected of it')
     if total and remote.size and total != remote.size:
