@@ -677,7 +677,7 @@ def test_two_at_once(quick, tmp_path, capsys):
     assert 'another fetch works in' in capsys.readouterr().err
     assert quick('books', tmp_path) == 0
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '3', 'null', '{"plans": 3}', '{"plans": {"books": [{}]}}', '{"plans": {"books": 3}}', '{"files": [1]}', '{"plans": {"books": [3]}}', '\udc80'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '3', 'null', '{"plans": 3}', '{"plans": {"books": [{}]}}', '{"plans": {"books": 3}}', '{"files": [1]}', '{"files": {"books/pg11.txt": [1]}}', '{"plans": {"books": [{"address": 1, "name": "a", "licence": "", "limit": 1}]}}', '{"plans": {"books": [{"address": "a", "name": "a", "licence": "", "limit": "1"}]}}', '{"plans": {"books": [3]}}', '\udc80'])
 def test_a_damaged_account(quick, tmp_path, capsys, text):
     (tmp_path/'fetched.json').write_bytes(text.encode('utf-8', 'surrogateescape'))
     assert quick('books', tmp_path) == 2

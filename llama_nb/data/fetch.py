@@ -11,7 +11,7 @@ __all__ = ['USER_AGENT', 'DELAYS', 'MAX_REDIRECTS', 'RETRIES', 'MAX_WAIT', 'CRAW
 import gzip, hashlib, io, json, os, random, re, shutil, socket, sys, time, zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from http import HTTPStatus
 from http.client import IncompleteRead
@@ -37,6 +37,8 @@ class Remote:
     size:int=0              # bytes, as its publisher states them; 0: nowhere stated
 
     def __post_init__(self):
+        wrong = [f.name for f in fields(self) if not isinstance(getattr(self, f.name), f.type)]
+        if wrong: raise TypeError(f'of another type: {wrong}')
         if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.+-]{0,200}', self.name):
             raise UserError(f'{self.name!r} is no name for a file that is fetched')
 
@@ -519,7 +521,7 @@ class Account:
         self.path = Path(path)
         try:
             found = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else {}
-            self.plans, self.files = {**found.get('plans', {})}, {**found.get('files', {})}
+            self.plans, self.files = {**found.get('plans', {})}, {k: {**v} for k, v in found.get('files', {}).items()}
         except (ValueError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; remove it, and everything is fetched anew') from None
 
