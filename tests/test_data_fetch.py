@@ -1,7 +1,7 @@
 """Downloads against a server that cuts, lies, changes and dawdles: the exact bytes or one line, and a second call goes on.
 
 The server runs in a thread on the loopback; what it does to each request is a list of acts, and nobody really sleeps."""
-import errno, functools, gzip, hashlib, io, json, os, random, signal, socket, ssl, threading
+import bz2, errno, functools, gzip, hashlib, io, json, os, random, signal, socket, ssl, tarfile, threading
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
@@ -726,12 +726,38 @@ def test_digests_of_the_lists_are_compared(quick, world, tmp_path, capsys):
     assert quick('wikipedia', tmp_path) == 2 and 'sha1' in capsys.readouterr().err
     assert files_of(tmp_path) == ['fetched.json']
 
-def test_names_are_those_that_the_readers_take():
-    from llama_nb.data import arxiv, books, stackexchange
-    finds = {name: fetch.SOURCES[name].find(None, 1) for name in ('github', 'books', 'arxiv')}
-    assert all(arxiv._SUBMISSION.fullmatch(r.name) for r in finds['arxiv'])
-    assert all(r.name.endswith('.tar.gz') for r in finds['github']) and all(r.name.endswith('.txt') for r in finds['books'])
-    assert stackexchange.site_of(f'{fetch.SITE}.7z') == fetch.SITE and books
+def tarred(files):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w:gz') as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return out.getvalue()
+
+def test_the_readers_take_what_was_fetched(quick, world, tmp_path):
+    "Names and bytes as the pages of the sources want them"
+    pytest.importorskip('warcio')
+    from llama_nb.data.archive import read_warc
+    from llama_nb.data.arxiv import read_arxiv
+    from llama_nb.data.books import read_books
+    from llama_nb.data.github import read_project
+    from llama_nb.data.stackexchange import site_of
+    from llama_nb.data.wikipedia import read_wikipedia, write_export
+    from llama_nb.data.documents import Document
+    body = b'A title\nA page of the web.\n'
+    record = (b'WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: https://example.org/\r\nWARC-Record-ID: <urn:uuid:1>\r\n'
+              b'Content-Length: %d\r\n\r\n%s\r\n\r\n' % (len(body), body))
+    world.put(f'{fetch._CRAWLS}/crawl-data/{fetch.CRAWL}/segments/1550247479101.30/wet/CC-MAIN-00000.warc.wet.gz', packed(record))
+    dump(world, '20261101', bz2.compress(b''.join(write_export([Document('A page of a wiki.', 'Page', 'x')], 'sl'))))
+    for remote in fetch.SOURCES['github'].find(None, 1): world.put(remote.address, tarred({'p-1/LICENSE': 'MIT License\n', 'p-1/pyproject.toml': '[project]\nname = "p"\nlicense = "MIT"\n', 'p-1/a.py': 'x = 1\n'}))
+    for remote in fetch.SOURCES['arxiv'].find(None, 1): world.put(remote.address, tarred({'main.tex': '\\documentclass{article}\n\\begin{document}\\section{A}Text\\end{document}'}))
+    for name in ('commoncrawl', 'github', 'wikipedia', 'books', 'arxiv'): assert quick(name, tmp_path) == 0
+    readers = {'commoncrawl': read_warc, 'github': read_project, 'wikipedia': read_wikipedia, 'books': read_books, 'arxiv': read_arxiv}
+    docs = {name: [doc for p in sorted((tmp_path/name).iterdir()) for doc in read(p)] for name, read in readers.items()}
+    assert {name: len(found) for name, found in docs.items()} == {'commoncrawl': 1, 'github': 3, 'wikipedia': 1, 'books': 4, 'arxiv': 4}
+    assert all(doc.text for found in docs.values() for doc in found) and docs['github'][0].licence == 'MIT'
+    assert site_of(f'{fetch.SITE}.7z') == fetch.SITE
 
 def test_a_package_that_is_missing(tmp_path, monkeypatch, capsys):
     def missing(name, needs): raise UserError(f"{needs} the {name} package: pip install 'llama_nb[data]'")

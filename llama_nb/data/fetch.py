@@ -521,7 +521,8 @@ class Account:
         self.path = Path(path)
         try:
             found = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else {}
-            self.plans, self.files = {**found.get('plans', {})}, {k: {**v} for k, v in found.get('files', {}).items()}
+            self.plans = {**found.get('plans', {})}
+            self.files = {name: {**row} for name, row in found.get('files', {}).items()}
         except (ValueError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; remove it, and everything is fetched anew') from None
 
