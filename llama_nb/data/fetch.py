@@ -20,7 +20,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from xml.etree import ElementTree
 from tqdm.auto import tqdm
-from .. import __version__
+import llama_nb
 from ..core import TemporaryError, UserError, choose, is_temporary
 from .documents import extra_module
 from ..files import fsync_file, fsync_folder, write_atomic
@@ -107,7 +107,7 @@ def _words(error)->str:
     return ''.join(c for c in said[:100] if c.isprintable())
 
 # %% ../../nbs/7H_data.fetch.ipynb #web
-USER_AGENT = f'llama_nb/{__version__} (+https://github.com/llama-nb/llama_nb)'
+USER_AGENT = f'llama_nb/{llama_nb.__version__} (+https://github.com/llama-nb/llama_nb)'
 DELAYS = {'export.arxiv.org': 3, 'gutenberg.pglaf.org': 2}  # seconds from request to request
 MAX_REDIRECTS = 10
 _PIECE = 2**16
