@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'print_shards', 'Join', 'Show',
-           'print_span', 'print_provenance', 'Clean', 'train', 'open_run', 'newest', 'Generate', 'Convert', 'Plan',
-           'usage', 'dispatch', 'main', 'program']
+           'print_span', 'print_provenance', 'Fetch', 'Clean', 'train', 'open_run', 'newest', 'Generate', 'Convert',
+           'Plan', 'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import os, sys
@@ -175,6 +175,25 @@ def print_provenance(shards, start:int, length:int):
         left -= found.stop - start
         start = found.stop % shards.n_tokens
 
+# %% ../nbs/92_cli.ipynb #fetch-command
+@dataclass(frozen=True)
+class Fetch:
+    "Fetch a small real slice of a source of the paper, or of all seven, with an account"
+    source:tyro.conf.Positional[str] # commoncrawl, c4, github, wikipedia, books, arxiv, stackexchange, or all
+    out:tyro.conf.Positional[str]    # folder: OUT/SOURCE/ for files, OUT/fetched.json for the account
+    list:bool=False                  # only print addresses, sizes and licences
+    files:int=setting(1, min=1, max=1000) # how many files of commoncrawl and c4
+    mirror:str=''                    # http://BASE with the hosts as folders, or HOST=http://BASE,...
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code
+        from llama_nb.data.fetch import Fetcher, choose_sources, fetch_sources, listing
+        names = choose_sources(self.source)
+        print(listing(names))
+        if not self.list: fetch_sources(names, self.out, Fetcher(self.mirror), self.files)
+        return 0
+
 # %% ../nbs/92_cli.ipynb #clean-command
 @dataclass(frozen=True)
 class Clean:
@@ -318,8 +337,9 @@ class Plan:
         return answer(self)
 
 # %% ../nbs/92_cli.ipynb #dispatch
-COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean, 'data join': Join,
-            'data show': Show, 'train': train, 'generate': Generate, 'convert': Convert, 'plan': Plan}
+COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
+            'data fetch': Fetch, 'data join': Join, 'data show': Show, 'train': train, 'generate': Generate,
+            'convert': Convert, 'plan': Plan}
 
 def usage()->str:
     "What `llama-nb --help` prints"
