@@ -73,10 +73,10 @@ def _each(work:Callable, tasks:list[tuple], workers:int):
         for task in tasks: work(*task)
 
 # %% ../../nbs/7F_data.mini.ipynb #clean
-def clean(out:Path, source:str, models:Models|None=None, workers:int=1)->dict:
-    "The clean documents of a source: tallies by stage"
+def clean(out:Path, source:str, models:Models|None=None):
+    "The clean documents of a source"
     inputs = find_files(source, [out/'raw'/source])
-    return clean_source(source, inputs, out/'clean'/source, models=models or Models(), workers=workers)
+    clean_source(source, inputs, out/'clean'/source, models=models or Models())
 
 def clean_documents(out, source:str)->list[Document]: # by id
     "What is left of a source"
@@ -105,13 +105,13 @@ def train_language(out:Path):
 # %% ../../nbs/7F_data.mini.ipynb #sample-pages
 _SAMPLED = 3                                # archives
 
-def sample_pages(out:Path, workers:int)->list[Document]:
+def sample_pages(out:Path)->list[Document]:
     "Pages of some archives after the stages of lines and language"
     found = find_files('commoncrawl', [out/'raw'/'commoncrawl'])
     models = Models(str(out/'models'/'language.bin'), 'none', 'none')
     folder = out/'models'/'pages'
     inputs = dict(sorted(found.items())[:_SAMPLED])
-    clean_source('commoncrawl', inputs, folder, models=models, workers=workers)
+    clean_source('commoncrawl', inputs, folder, models=models)
     return sorted(read_documents(folder/'documents'), key=lambda doc: doc.id)
 
 def _english(out:Path)->list[Document]:
@@ -150,22 +150,23 @@ def train_reference(out:Path, pages:list[Document]):
     wiki, web = ([part for doc in docs for part in _parts(doc)] for docs in (_english(out), pages))
     train_classifier(reference_examples(wiki, web, rules), path)
 
-def train_models(out:Path, workers:int=1)->Models:
+def train_models(out:Path)->Models:
     "Everything that the filters of CommonCrawl need. Raises `UserError` if there is too little text"
     train_language(out)
     folder = out/'models'
     names = [str(folder/name) for name in ('language.bin', 'en.arpa', 'reference.bin')]
     if not all(Path(name).exists() for name in names) or not (folder/'en.json').exists():
-        pages = sample_pages(out, workers)
+        pages = sample_pages(out)
         train_perplexity(out, pages)
         train_reference(out, pages)
     return Models(*names)
 
 # %% ../../nbs/7F_data.mini.ipynb #split
-def split(docs:list[Document], fraction:float)->tuple[list[Document], list[Document]]: # training, validation
+def split(docs:list[Document], fraction:float,
+         )->tuple[list[Document], list[Document]]: # training, validation
     "By `is_held_out`, but neither is empty. Raises `UserError` for less than two documents"
     if len(docs) < 2:
-        raise UserError(f'of a source {len(docs)} documents are left; make the corpus larger (--megabytes)')
+        raise UserError(f'{len(docs)} documents of a source are left; make the corpus larger (--megabytes)')
     held_out = [d for d in docs if is_held_out(d.id, fraction)]
     if len(held_out) in (0, len(docs)): held_out = [min(docs, key=lambda d: mixed(d.id))]
     names = {d.id for d in held_out}
@@ -245,15 +246,15 @@ def origin_table(rows:list[dict])->str: # Markdown
 _README = '''# A mini corpus of llama_nb
 
 Section 2.1 of the LLaMA paper in small: seven sources, made of text that was on this machine. **This is not
-LLaMA's data.** The texts are real, most of their formats are dressed, as the first table says. They stand under
-the licences of the programs and documents from which they come, so do not give this folder on.
+LLaMA's data.** The texts are real, most of their formats are dressed, as the first table says. They stand
+under the licences of the programs and documents from which they come, so do not give this folder on.
 
 {origins}
 
 {sizes}
 
-The proportions in `mixture.toml` are those of Table 1, exact in every 200 sequences. The epochs are not: they are
-what these sizes make of them. In 1.5 million tokens (`llama-nb toy --data mini`):
+The proportions in `mixture.toml` are those of Table 1, exact in every 200 sequences. The epochs are not: they
+are what these sizes make of them. In 1.5 million tokens (`llama-nb toy --data mini`):
 
 ```
 {mixture}
@@ -294,15 +295,17 @@ def build_mini(out,
         report(f'{what}, {now - clock:.0f} s')
         clock = now
     for left in (out/'raw').glob('.tmp-*'): shutil.rmtree(left, ignore_errors=True)     # of a killed process
-    _each(build_raw, [(out, source, settings.raw_size(source)) for source in SOURCES], workers)
+    todo = [source for source in SOURCES if not (out/'raw'/source).exists()]
+    _each(build_raw, [(out, source, settings.raw_size(source)) for source in todo], workers)
     said(f'raw        {len(SOURCES)} sources in {out}/raw')
-    clean(out, 'wikipedia', workers=workers)
-    models = train_models(out, workers)
+    clean(out, 'wikipedia')
+    models = train_models(out)
     said('models     language, perplexity, references, from the clean Wikipedia')
-    for source in SOURCES: clean(out, source, models, workers)
+    todo = [source for source in SOURCES if not (out/'clean'/source/'finished.json').exists()]
+    _each(clean, [(out, source, models) for source in todo], workers)
     said(f'clean      reports in {out}/clean/SOURCE/report.html')
     learn_tokenizer(out, settings.vocab_size)
-    _each(write_tokens, [(out, source, settings.held_out) for source in SOURCES], workers)
+    for source in SOURCES: write_tokens(out, source, settings.held_out)
     mixture = mix(out)
     said(f'tokens     {mixture.n_tokens:,} for training, mixed as in Table 1 by {out}/mixture.toml')
     write_atomic(out/'README.md', describe_corpus(out, mixture))
