@@ -1,5 +1,6 @@
-"""The mini corpus: no source is empty after cleaning; its formats are accepted by other readers; made again, also
-after kills, it is the same; what is held out is not trained on; Hugging Face's tokenizers gives the same tokens."""
+"""The mini corpus: no source is empty after cleaning; its formats are accepted by other readers; made again,
+also after kills, it is the same; what is held out is not trained on; Hugging Face's tokenizers gives the same
+tokens."""
 import bz2, gzip, json, os, signal, subprocess, sys, tarfile, time
 import py7zr
 import pytest
