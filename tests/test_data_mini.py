@@ -12,6 +12,7 @@ from warcio.archiveiterator import ArchiveIterator
 from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import UserError
+from llama_nb.data import dress
 from llama_nb.data.corpus import SOURCES
 from llama_nb.data.documents import Document
 from llama_nb.data.dress import BUILDERS, docstrings, framed, passages, roff_text, site_page
@@ -225,3 +226,14 @@ def test_split_is_never_empty():
         train, held_out = split(docs, .05)
         assert train and held_out and sorted(d.id for d in train + held_out) == sorted(d.id for d in docs)
     with pytest.raises(UserError, match='larger'): split([], .05)
+
+def test_a_machine_with_nothing_but_python(monkeypatch, tmp_path):
+    "No manuals, messages, documentation or licences of a system: twenty languages and books all the same"
+    for name in ('MANUALS', 'MESSAGES', 'DOCUMENTATION', 'LICENCES', 'INFO'):
+        monkeypatch.setattr(dress, name, tmp_path/'missing')
+    for source in ('commoncrawl', 'wikipedia', 'books'):
+        (tmp_path/source).mkdir()
+        assert all(o.documents > 0 for o in BUILDERS[source](tmp_path/source, 40_000))
+    dumps = [*(tmp_path/'wikipedia').iterdir()]
+    assert len(dumps) == 20 and all(b'<ns>0</ns>' in bz2.decompress(p.read_bytes()) for p in dumps)
+    assert len([*(tmp_path/'books').iterdir()]) > 2

@@ -6,17 +6,18 @@
 __all__ = ['PROSE', 'DECLARATION', 'MANUALS', 'MESSAGES', 'DOCUMENTATION', 'N_ARCHIVES', 'LICENCES', 'INFO', 'BUILDERS',
            'docstrings', 'mixed', 'role_of', 'Module', 'installed_modules', 'Passage', 'read_text', 'passages',
            'blocks', 'take', 'roff_text', 'translations', 'some_of', 'Origin', 'Page', 'pydoc_pages', 'html_files',
-           'site_page', 'write_crawl', 'build_commoncrawl', 'build_c4', 'write_tar', 'build_github', 'installed',
-           'build_wikipedia', 'framed', 'second_edition', 'build_books', 'paper', 'build_arxiv', 'posts', 'posts_xml',
-           'build_stackexchange']
+           'site_page', 'write_crawl', 'build_commoncrawl', 'build_c4', 'write_tar', 'build_github', 'cited_pages',
+           'installed', 'build_wikipedia', 'framed', 'second_edition', 'build_books', 'paper', 'build_arxiv', 'posts',
+           'posts_xml', 'build_stackexchange']
 
 # %% ../../nbs/7G_data.dress.ipynb #imports
 import ast, bz2, gettext, gzip, hashlib, html, inspect, io, json, os, platform, re, subprocess, sys, tarfile
 import textwrap, unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import metadata
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 from uuid import NAMESPACE_URL, uuid5
@@ -370,10 +371,10 @@ def build_commoncrawl(folder:Path, size:int)->list[Origin]:
     from llama_nb.data.archive import html_text
     parts = {('pages that pydoc serves', ''): pydoc_pages(size//5),
              ('HTML documentation of this machine', ''): html_files(size//5)}
-    own = [site_page(p.name, p.text) for p in take(passages('commoncrawl'), size*2//5)]
+    own = [site_page(p.name, p.text) for p in take(passages('commoncrawl'), size//2)]
     parts['docstrings', 'as pages of web sites'] = own + _seen_twice(own)
     foreign = [site_page(title, text, f'{language}/') for language in LANGUAGES if language != 'en'
-               for title, text in some_of(language, 'commoncrawl', size//150)]
+               for title, text in some_of(language, 'commoncrawl', size//250)]
     parts['translated manuals and messages', 'as pages of web sites'] = foreign
     pages = sorted(chain(*parts.values()), key=lambda page: mixed(page.url))
     for i in range(N_ARCHIVES):
@@ -469,8 +470,18 @@ def _articles(language:str, size:int)->Iterator[Document]:
         found += [(p.name, p.text) for p in take(passages('wikipedia'), size)]
     else:
         found = some_of(language, 'wikipedia', size)
-    titles = [title for title, _ in found]
-    for title, text in found: yield topic_wikitext(Document(text, title), titles)
+    titles = [title for title, _ in found] + ['It']
+    cited = cited_pages() if language == 'en' else repeat(_NOT_CITED)
+    for (title, text), url in zip(found, cited):
+        doc = topic_wikitext(Document(text, title), titles)
+        yield replace(doc, text=doc.text.replace(_NOT_CITED, url))
+
+_NOT_CITED = 'https://docs.python.org'
+
+def cited_pages()->Iterator[str]: # addresses, without end
+    "Pages of the crawl that the encyclopedia cites: those with examples"
+    yield from (site_page(p.name, '').url for p in passages('commoncrawl') if '>>> ' in p.text)
+    yield from repeat(_NOT_CITED)
 
 def _between(language:str, titles:list[str])->Iterator[Document]:
     "Pages that are no articles"
@@ -691,13 +702,15 @@ _ASKED = ('Can someone explain `{}`? I have read its source.', 'I met `{}` in a 
 def posts(found:Iterable[Passage])->Iterator[dict]: # attributes of a row
     "A question for each docstring, and its paragraphs as answers"
     number = 0
-    for name, text in (part for passage in found for part in passage.parts):
-        parts = [part for part in re.split(r'\n{2,}(?=\w[^\n]*\n[-=~]{3,}\n)', text) if part.strip()]
+    parts = ((p.name.rpartition('.')[2], *part) for p in found for part in p.parts)
+    for module, name, text in parts:
+        name = f'{module}.{name}'.strip('.')
+        answers = [part for part in re.split(r'\n{2,}(?=\w[^\n]*\n[-=~]{3,}\n)', text) if part.strip()]
         number = question = number + 1
         yield {'Id': question, 'PostTypeId': 1, 'Score': mixed(name, 'votes') % 30,
                'Title': f'What does {name} do?', 'CreationDate': '2021-01-01T00:00:00', 'Tags': '<python>',
                'Body': _post_html(_ASKED[mixed(name, 'asks') % len(_ASKED)].format(name))}
-        for i, part in enumerate(parts if mixed(name, 'asked') % 20 else []):
+        for i, part in enumerate(answers if mixed(name, 'asked') % 20 else []):
             number += 1
             yield {'Id': number, 'PostTypeId': 2, 'ParentId': question, 'Body': _post_html(part),
                    'Score': mixed(f'{name} {i}', 'votes') % 130 - 5, 'CreationDate': '2021-01-02T00:00:00'}

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['MiniSettings', 'build_raw', 'origins', 'clean', 'clean_documents', 'language_examples', 'train_language',
-           'sample_pages', 'train_perplexity', 'train_reference', 'train_models', 'split', 'learn_tokenizer',
+           'sample_pages', 'train_perplexity', 'cited', 'train_reference', 'train_models', 'split', 'learn_tokenizer',
            'write_tokens', 'mix', 'held_out_documents', 'inventory', 'inventory_table', 'origin_table',
            'describe_corpus', 'build_mini']
 
 # %% ../../nbs/7F_data.mini.ipynb #imports
-import json, shutil, tempfile, time
+import json, re, shutil, tempfile, time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import tomli_w
 from ..config import PRESETS, read_toml
 from ..core import UserError
-from .classify import LANGUAGE_MODEL, ReferenceRules, reference_examples, train_classifier
+from .classify import (LANGUAGE_MODEL, FastTextRules, ReferenceRules, reference_examples,
+                                    train_classifier)
 from .corpus import SOURCES, Models, clean_source, find_files
 from .documents import Document, is_held_out, read_documents
 from .dress import BUILDERS, Origin, mixed
@@ -26,11 +27,12 @@ from .ngram import (NgramRules, fit_cutoffs, load_ngrams, normalise, perplexity,
                                  train_ngrams, write_arpa)
 from .shards import TokenShards, write_shards
 from .tokenizer import Tokenizer, train_tokenizer
+from .wikipedia import read_wikipedia
 from ..files import publish_folder, write_atomic
 
 # %% ../../nbs/7F_data.mini.ipynb #sizes
-_SHARES = {'commoncrawl': 36, 'c4': 12, 'github': 14, 'wikipedia': 12, 'books': 10, 'arxiv': 8,
-           'stackexchange': 8}
+_SHARES = {'commoncrawl': 44, 'c4': 12, 'github': 12, 'wikipedia': 10, 'books': 8, 'arxiv': 7,
+           'stackexchange': 7}
 
 @dataclass(frozen=True)
 class MiniSettings:
@@ -103,14 +105,15 @@ def train_language(out:Path):
     train_classifier(language_examples(clean_documents(out, 'wikipedia')), path, LANGUAGE_MODEL)
 
 # %% ../../nbs/7F_data.mini.ipynb #sample-pages
-_SAMPLED = 3                                # archives
+_SAMPLED, _FEW = 4, 2**22                   # archives; bytes of archives of which all are looked at
 
 def sample_pages(out:Path)->list[Document]:
     "Pages of some archives after the stages of lines and language"
     found = find_files('commoncrawl', [out/'raw'/'commoncrawl'])
     models = Models(str(out/'models'/'language.bin'), 'none', 'none')
     folder = out/'models'/'pages'
-    inputs = dict(sorted(found.items())[:_SAMPLED])
+    few = sum(Path(path).stat().st_size for path in found.values()) < _FEW
+    inputs = dict(sorted(found.items())[:None if few else _SAMPLED])
     clean_source('commoncrawl', inputs, folder, models=models)
     return sorted(read_documents(folder/'documents'), key=lambda doc: doc.id)
 
@@ -138,17 +141,25 @@ def train_perplexity(out:Path, pages:list[Document]):
     write_atomic(path.with_suffix('.json'), json.dumps({'head': rules.head, 'tail': rules.tail}))
 
 # %% ../../nbs/7F_data.mini.ipynb #reference-model
-def _parts(doc:Document, size:int=1500)->Iterator[Document]:
-    "A document in parts of about `size` characters"
-    for at in range(0, len(doc.text), size):
-        yield Document(doc.text[at:at + size], f'{doc.id}#{at}')
+_REFERENCE = re.compile(r'<ref[^<>]*>[^<]*?url *= *([^\s|}<]+)')
+_LEARN = replace(FastTextRules(), epoch=25, lr=.5)              # there are only some hundred examples
+
+def cited(out:Path)->set[str]: # addresses
+    "What the English Wikipedia refers to"
+    dumps = sorted((out/'raw'/'wikipedia').glob('enwiki*.xml.bz2'))
+    return {url for path in dumps for doc in read_wikipedia(path) for url in _REFERENCE.findall(doc.text)}
+
+def _parts(docs:Iterable[Document], size:int=1500)->Iterator[Document]:
+    "Documents in parts of about `size` characters"
+    for doc in docs:
+        for at in range(0, len(doc.text), size): yield Document(doc.text[at:at + size], f'{doc.id}#{at}')
 
 def train_reference(out:Path, pages:list[Document]):
-    "A classifier that tells articles from pages of the crawl"
-    path, rules = out/'models'/'reference.bin', ReferenceRules(min_chars=300)
+    "A classifier that tells the pages that Wikipedia cites from the others"
+    path, urls = out/'models'/'reference.bin', cited(out)
     if path.exists(): return
-    wiki, web = ([part for doc in docs for part in _parts(doc)] for docs in (_english(out), pages))
-    train_classifier(reference_examples(wiki, web, rules), path)
+    references, others = ([*_parts(d for d in pages if (d.url in urls) == told)] for told in (True, False))
+    train_classifier(reference_examples(references, others, ReferenceRules(min_chars=300)), path, _LEARN)
 
 def train_models(out:Path)->Models:
     "Everything that the filters of CommonCrawl need. Raises `UserError` if there is too little text"
