@@ -12,10 +12,11 @@ from warcio.archiveiterator import ArchiveIterator
 from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import UserError
-from llama_nb.data import dress
+from llama_nb.data import dress, found
 from llama_nb.data.corpus import SOURCES
 from llama_nb.data.documents import Document
-from llama_nb.data.dress import BUILDERS, docstrings, framed, passages, roff_text, site_page
+from llama_nb.data.dress import BUILDERS, framed, site_page
+from llama_nb.data.found import docstrings, passages, roff_text
 from llama_nb.data.mini import MiniSettings, build_mini, clean_documents, held_out_documents, inventory, split
 from llama_nb.data.mixture import TABLE_1, Mixture, make_loader
 from llama_nb.data.shards import TokenShards
@@ -184,12 +185,12 @@ def hugging_face(path): # a SentencePiece model as Hugging Face's `tokenizers` h
         halves = [(p.piece[:i], p.piece[i:]) for i in range(1, len(p.piece))] if p.type == p.NORMAL else []
         merges += [(-p.score, -len(a), -len(b), a, b) for a, b in halves if a in vocab and b in vocab]
     pairs = [(a, b) for *_, a, b in sorted(merges)]
-    found = HfTokenizer(models.BPE(vocab, pairs, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    made = HfTokenizer(models.BPE(vocab, pairs, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     space = '\u2581'
-    found.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(' ', space)])
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(' ', space)])
     back = decoders.Replace(space, ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)
-    found.decoder = decoders.Sequence([*back])
-    return found
+    made.decoder = decoders.Sequence([*back])
+    return made
 
 def test_hugging_face_gives_the_same_tokens(corpus):
     ours, theirs = Tokenizer(corpus/'tokenizer.model'), hugging_face(corpus/'tokenizer.model')
@@ -230,7 +231,7 @@ def test_split_is_never_empty():
 def test_a_machine_with_nothing_but_python(monkeypatch, tmp_path):
     "No manuals, messages, documentation or licences of a system: twenty languages and books all the same"
     for name in ('MANUALS', 'MESSAGES', 'DOCUMENTATION', 'LICENCES', 'INFO'):
-        monkeypatch.setattr(dress, name, tmp_path/'missing')
+        monkeypatch.setattr(found if name in ('MANUALS', 'MESSAGES') else dress, name, tmp_path/'missing')
     for source in ('commoncrawl', 'wikipedia', 'books'):
         (tmp_path/source).mkdir()
         assert all(o.documents > 0 for o in BUILDERS[source](tmp_path/source, 40_000))
