@@ -94,9 +94,10 @@ def test_books_have_three_styles_of_frame():
 
 def test_what_is_dressed_is_removed_again(corpus):
     texts = {source: ' '.join(d.text for d in clean_documents(corpus, source)) for source in SOURCES}
-    gone = {'commoncrawl': ('cookie policy', 'Previous page'), 'c4': ('cookie', 'Read more'), 'github': (),
-            'wikipedia': ('{{', '[[', '#REDIRECT'), 'books': ('GUTENBERG', 'SMALL PRINT'),
-            'arxiv': ('\\newcommand', '% TODO', '\\bibitem'), 'stackexchange': ('<p>', '<pre>')}
+    gone = {'commoncrawl': ('accept our cookie policy', 'Previous page'), 'github': (),
+            'c4': ('We use cookies on', 'Read more...'), 'books': ('PROJECT GUTENBERG', 'SMALL PRINT'),
+            'wikipedia': ('{{reflist', '[[Category', '#REDIRECT', '<ref>'), 'stackexchange': ('<pre><code>',),
+            'arxiv': ('\\newcommand', '% TODO', '\\bibitem')}
     for source, words in gone.items():
         assert not [word for word in words if word in texts[source]], source
 
