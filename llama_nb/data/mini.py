@@ -291,6 +291,14 @@ def _claim(out:Path, settings:MiniSettings):
         raise UserError(f'{out} holds something else; choose another folder')
     write_atomic(path, said)
 
+def _sweep(out:Path):
+    "Remove what killed processes left under temporary names"
+    for left in [*out.rglob('.tmp-*'), *out.rglob('.*.tmp')]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
 def build_mini(out,
                settings:MiniSettings=MiniSettings(),
                workers:int=1,               # processes
@@ -306,7 +314,7 @@ def build_mini(out,
         now = time.perf_counter()
         report(f'{what}, {now - clock:.0f} s')
         clock = now
-    for left in (out/'raw').glob('.tmp-*'): shutil.rmtree(left, ignore_errors=True)     # of a killed process
+    _sweep(out)
     todo = [source for source in SOURCES if not (out/'raw'/source).exists()]
     _each(build_raw, [(out, source, settings.raw_size(source)) for source in todo], workers)
     said(f'raw        {len(SOURCES)} sources in {out}/raw')
