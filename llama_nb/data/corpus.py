@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'OnDemand', 'load_tokens', 'read_pages',
            'text_places', 'clean_equal', 'count_sites', 'keep_site', 'load_json', 'find_copies', 'load_copies',
            'find_source', 'Plan', 'make_plan', 'source_job', 'read_pass', 'across', 'unrepeated', 'find_answer',
-           'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'known_problems']
+           'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'is_finished', 'result_text']
 
 # %% ../../nbs/7E_data.corpus.ipynb #imports
 import difflib, glob, json, os, re, shutil
@@ -39,7 +39,7 @@ from .stackexchange import (StackexchangeRules, clean_stackexchange, largest_sit
                                          read_stackexchange)
 from .stage import Decision, Tally, choice, judge
 from .wikipedia import WikipediaRules, clean_wikipedia, read_wikipedia
-from ..files import bytes_digest, file_digest, write_atomic
+from ..files import file_digest, write_atomic
 
 # %% ../../nbs/7E_data.corpus.ipynb #step
 def _always(preset:str)->bool: return True
@@ -290,7 +290,7 @@ def _model_of(step:Step, models:Models, name:str)->tuple[str, str]: # path, or w
     "Raises `UserError` if the model is missing and nobody said that it may"
     path = getattr(models, step.model) if step.model else ''
     if not step.model or path not in ('', 'none'): return path, ''
-    if path == 'none' or step.optional: return '', f'{step.name}: there is no model; nothing was removed by it'
+    if path == 'none' or step.optional: return '', f'{step.name}, for want of a model'
     raise UserError(f'{name} needs a {step.model} model for its stage "{step.name}": name its file, '
                     'or say none to leave the stage out')
 
@@ -334,7 +334,9 @@ def read_pass(path, report:Report=refuse)->Iterator[Document]:
 
 def _placed(docs:Iterable[Document])->Iterator[Document]:
     "The same with their places as ids"
-    for doc in docs: yield replace(doc, id=doc.metadata[_PLACE], metadata={**doc.metadata, _NAME: doc.id})
+    for doc in docs:
+        about = {**doc.metadata, _NAME: doc.id}
+        yield replace(doc, id=about[_PLACE], metadata=about)
 
 def across(doc:Document, clean:Callable, answer)->tuple[Document|None, list[Decision]]:
     "A cleaner that asks what a pass has found"
@@ -369,12 +371,10 @@ def _sweep(folder:Path, *patterns:str):
     "Remove what is not needed any more, or was left by a process that was killed"
     for pattern in patterns:
         for path in folder.glob(pattern):
-            if path.is_dir(): shutil.rmtree(path)
-            else: path.unlink(missing_ok=True)
+            remove = shutil.rmtree if path.is_dir() else os.unlink
+            remove(path)
 
 # %% ../../nbs/7E_data.corpus.ipynb #find-answer
-_INTERVAL = 2**24                                           # bytes of compressed documents per interval
-
 def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
                 files:dict[str, str],       # of documents, by number
                 made:dict,                  # what a manifest says of them
@@ -382,11 +382,13 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     "Look at all documents of a pass. Raises `UserError`, `OSError`"
     first = step.first(ask.keywords.get('rules'))
     about = {'asked': describe(ask), 'first': first, 'documents': made, 'version': llama_nb.__version__}
-    digest = claim_folder(folder, about, True, 'pass.json', ('done', 'work', 'answer.json', *_old(folder)))
+    digest = claim_folder(folder, about, ('done', 'work', 'answer.json', *_old(folder)), True, 'pass.json')
     if not (folder/'done').exists():
         _sweep(folder, 'tmp*', '.*.tmp', 'work')
-        if step.pairs: _compare(ask, files, made, folder, workers, memory, not first, words)
-        else: _all_done(_collect, [(ask, [*files.values()], folder, memory)], 1, words)
+        if step.pairs:
+            _compare(ask, files, made, folder, workers, memory, not first, words)
+        else:
+            _all_done(_collect, [(ask, [*files.values()], folder, memory)], 1, words)
         write_atomic(folder/'done', '')
     _sweep(folder, 'pairs-*', 'work')
     if step.collect: return OnDemand(step.load, folder/'answer.json', digest)
@@ -394,10 +396,15 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
 
 def _old(folder:Path)->list[str]: return [p.name for p in folder.glob('[pf]*-0*')]
 
+# %% ../../nbs/7E_data.corpus.ipynb #compare
+_INTERVAL = 2**24                                           # bytes of compressed documents per interval
+_SMALL_PASS = 2**22                                         # below, workers start slower than one works
+
 def _compare(ask:Callable, files:dict[str, str], made:dict, folder:Path, workers:int, memory:int,
              repeated:bool, words:str):
     n, size = len(files), sum(about['bytes'] for about in made.values())
     parts = min(64, 1 + size//_INTERVAL)
+    if size < _SMALL_PASS: workers = 1
     tasks = [(ask, path, folder, rank, parts) for rank, path in enumerate(files.values())
              if not (folder/f'pairs-{rank:05}').exists()]
     _all_done(_spill, tasks, workers, words and f'{words}: keys')
@@ -444,11 +451,11 @@ def _counted(total:dict[str, Tally])->dict[str, Tally]:
 
 def _finish(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
     "Write the reports, and then that everything is done"
-    text = report_text(total) + ''.join(f'\n- {note}\n' for note in plan.notes)
+    text = report_text(total) + ''.join(f'\nLeft out: {note}.\n' for note in plan.notes)
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))
     page = html_report(plan, total, before_and_after(plan, inputs, out))
     write_atomic(out/'report.html', page.encode('utf-8', 'xmlcharrefreplace'))
-    seen = {name: json.loads(path.read_text(encoding='utf-8'))['input'] for name, path in _records(plan, inputs, out)}
+    seen = {name: load_json(path)['input'] for name, path in _records(plan, inputs, out)}
     about = {'inputs': seen, 'tallies': {name: asdict(tally) for name, tally in total.items()}}
     write_atomic(out/'finished.json', json.dumps(about, indent=1) + '\n')
 
@@ -458,6 +465,7 @@ def _records(plan:Plan, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the
     numbers = [f'{i:06}' if several else name for i, name in enumerate(names)]
     return [(name, folder/'records'/f'{number}.json') for name, number in zip(names, numbers)]
 
+# %% ../../nbs/7E_data.corpus.ipynb #is-done
 def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
     "The tallies of a folder in which everything is done"
     if not (out/'finished.json').exists() or not (out/'manifest.json').exists(): return None
@@ -466,14 +474,14 @@ def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
     same = all(same_input(str(inputs[name]), seen) for name, seen in found['inputs'].items())
     return {k: Tally.from_dict(t) for k, t in found['tallies'].items()} if there and same else None
 
-# %% ../../nbs/7E_data.corpus.ipynb #clean-source
+# %% ../../nbs/7E_data.corpus.ipynb #claim
 _PARTS = ('finished.json', 'manifest.json', 'job.json', 'documents', 'records', 'passes', 'report.md',
           'report.html')
 
 def _about(plan:Plan, name:str, preset:str, inputs:dict)->dict: # JSON
     steps = [[step.name, describe(clean), ask and describe(ask)] for step, clean, ask in plan.steps]
-    return {'source': name, 'preset': preset, 'version': llama_nb.__version__, 'steps': steps,
-            'read': describe(plan.source.read), 'files': sorted(inputs)}
+    return {'corpus': {'source': name, 'preset': preset}, 'files': sorted(inputs), 'steps': steps,
+            'read': describe(plan.source.read), 'version': llama_nb.__version__}
 
 def _check_folder(out:Path):
     "Raise `UserError` if something else is there"
@@ -482,6 +490,7 @@ def _check_folder(out:Path):
         if not strange or (out/'corpus.json').exists(): return
     if os.path.lexists(out): raise UserError(f'{out} holds something else; choose another folder')
 
+# %% ../../nbs/7E_data.corpus.ipynb #clean-source
 def clean_source(source:str,            # one of `SOURCES`, or `documents`
                  inputs:dict,           # name -> path of a raw file; the name is that of the output
                  out,                   # folder
@@ -496,7 +505,7 @@ def clean_source(source:str,            # one of `SOURCES`, or `documents`
     plan, out = make_plan(source, preset, models, len(inputs)), Path(out)
     check_inputs(inputs)
     _check_folder(out)
-    claim_folder(out, _about(plan, source, preset, inputs), redo, 'corpus.json', _PARTS)
+    claim_folder(out, _about(plan, source, preset, inputs), _PARTS, redo, 'corpus.json')
     if found := _finished(inputs, out): return found
     for name in ('finished.json', 'manifest.json'): (out/name).unlink(missing_ok=True)
     workers = min(workers, len(inputs))
@@ -521,6 +530,7 @@ def _files_at(path:str, source:Source)->list[str]:
     if not found: raise UserError(f'there is no {path}: neither file, folder nor pattern for a {wanted}')
     return found
 
+# %% ../../nbs/7E_data.corpus.ipynb #named
 def find_files(source:str,
                paths:Iterable[str],     # files, folders, patterns
               )->dict[str, str]:        # name of the output -> path
@@ -596,11 +606,13 @@ _TEMPLATE = '''<!doctype html>
 <ul>{% for problem in t.problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
 {% if samples %}<h2>Before and after</h2>{% endif %}
 {% for name, changes in samples %}<h3><code>{{ name }}</code></h3><pre>{% for mark, line in changes -%}
-{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}<{{ tag }}>{{ mark }} <bdi>{{ line }}</bdi></{{ tag }}>
+{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}<{{ tag }}>{{ mark }} <bdi>
+{{- line }}</bdi></{{ tag }}>
 {%- if tag == 'span' %}
 {% endif %}{% endfor %}</pre>{% endfor %}</body></html>
 '''
 
+# %% ../../nbs/7E_data.corpus.ipynb #html-report
 def html_report(plan:Plan, total:dict[str, Tally], samples:list)->str: # a page
     "What was kept and what was removed, for people"
     from jinja2 import Environment                          # torch needs it, so it is there
@@ -621,7 +633,18 @@ def summary(total:dict[str, Tally])->str: # lines
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}' for a, b, c in rows)
 
-def known_problems(total:dict[str, Tally], n:int=3)->list[str]: # lines
-    "The first things that could not be read"
-    found = [problem for t in total.values() for problem in t.problems]
-    return [p.encode('utf-8', 'backslashreplace').decode() for p in found[:n]]
+def is_finished(out)->int: # when, in nanoseconds; 0 if it is not
+    "Whether everything is done in a folder"
+    place = Path(out)/'finished.json'
+    return place.stat().st_mtime_ns if place.exists() else 0
+
+def result_text(total:dict[str, Tally],
+                out,            # the folder
+                before:bool,    # whether it was finished before
+               )->str: # lines
+    "What a command says in the end"
+    problems = [problem for t in total.values() for problem in t.problems][:3]
+    lines = [f'could not be read, for example: {problem}' for problem in problems]
+    lines.append(f'{out}/documents: {"done before; nothing was left to do" if before else "done"}')
+    lines.append(f'{out}/report.html says what was removed and why')
+    return '\n'.join([summary(total), *lines]).encode('utf-8', 'backslashreplace').decode()
