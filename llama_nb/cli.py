@@ -169,7 +169,9 @@ class Mini:
     "Build the seven sources of section 2.1 in small and offline: raw, clean, tokens, Table 1's mixture"
     out:tyro.conf.Positional[str]    # folder; the same command goes on. Its README.md says what is real
     megabytes:float=24               # raw text over all sources, from 0.5 to 200
-    workers:int=0                    # processes; 0: one per core
+    workers:int=setting(0, min=0, max=4096) # processes; 0: one per core
+
+    def __post_init__(self): check_fields(self)
 
     def run(self)->int: # exit code
         from llama_nb.data.mini import MiniSettings, build_mini, describe_corpus
