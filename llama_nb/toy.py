@@ -129,7 +129,9 @@ def prepare_mini(out, vocab_size:int, report=print)->tuple[Tokenizer, float]: # 
     "Build the mini corpus beside the run's folder, if it is not there"
     from llama_nb.data.mini import MiniSettings, build_mini, held_out_documents
     folder = Path(out).parent/'mini'
-    mixture = build_mini(folder, MiniSettings(vocab_size=vocab_size), max(os.cpu_count() or 1, 1), report)
+    if not (folder/'README.md').exists():
+        build_mini(folder, MiniSettings(vocab_size=vocab_size), os.cpu_count() or 1, report)
+    mixture = Mixture(folder/'mixture.toml')
     report(f'text       {len(mixture.sources)} sources, {mixture.n_documents:,} documents, '
            f'{mixture.n_bytes/1e6:.1f} MB; {folder}/README.md says what is real')
     held_out = held_out_documents(folder).values()
