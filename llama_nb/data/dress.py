@@ -225,11 +225,16 @@ def build_github(folder:Path, size:int)->list[Origin]:
         package = packages[module.package]
         if module.package not in projects: projects[module.package] = package.version, _about(package)
         projects[module.package][1][module.name.partition('/')[2]] = text.encode()
+    sizes = [len(data) for _, files in projects.values() for data in files.values()]
+    for module, text in texts:
+        if mixed(module.name, 'vendored') % 20: continue
+        host = sorted(projects)[mixed(module.name) % len(projects)]
+        projects[host][1][f'_vendor/{module.name}'] = text.encode()
     for name, (version, files) in projects.items():
         root = f'{name}-{version}'
         write_tar(folder/f'{root}.tar.gz', {f'{root}/{file}': data for file, data in files.items()})
-    sizes = [len(data) for _, files in projects.values() for data in files.values()]
-    return [_origin(f'code of {len(projects)} installed projects, with metadata and licence', '', sizes)]
+    return [_origin(f'code of {len(projects)} installed projects, with metadata and licence',
+                    'in one file of twenty, which another project has too', sizes)]
 
 # %% ../../nbs/7K_data.dress.ipynb #encyclopedia
 def _articles(language:str, size:int)->Iterator[Document]:
