@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'zlib_bits_per_byte', 'Trigram', 'look_up', 'trigram_bits_per_byte', 'prepare', 'toy_config', 'mini_config',
-           'prepare_mini', 'by_source', 'write_samples', 'toy', 'summary']
+           'prepare_mini', 'source_nats', 'write_samples', 'toy', 'summary']
 
 # %% ../nbs/34_toy.ipynb #imports
 import json, os, zlib
@@ -137,10 +137,10 @@ def prepare_mini(out, vocab_size:int, report=print)->tuple[Tokenizer, float]: # 
     held_out = held_out_documents(folder).values()
     return Tokenizer(mixture.tokenizer_path), zlib_bits_per_byte(doc for docs in held_out for doc in docs)
 
-def by_source(model, held_out:Mixture, seq_len:int)->dict[str, float]: # bits per byte
-    "How well the model predicts each source"
-    nats = {s.name: evaluate(model, s.shards, seq_len)[0].item() for s in held_out.sources}
-    return {s.name: bits_per_byte(nats[s.name], s.shards.n_bytes) for s in held_out.sources}
+def source_nats(model, held_out, seq_len:int)->dict[str, float]:
+    "The loss in each source of a mixture, a sum over its tokens; nothing if there is only one source"
+    sources = held_out.sources if isinstance(held_out, Mixture) else ()
+    return {s.name: evaluate(model, s.shards, seq_len)[0].item() for s in sources}
 
 # %% ../nbs/34_toy.ipynb #write-samples
 PROMPTS = ('def ', 'class ', 'import ', 'for i in range(', 'The ')
@@ -175,12 +175,14 @@ def toy(config:RunConfig, # as from `toy_config`
            f'on {run.device}')
     stopped = fit(run, progress)
     if stopped: return stopped
-    nats = evaluate(run.model, run.held_out, config.data.seq_len)[0].item()
+    parts = source_nats(run.model, run.held_out, config.data.seq_len)
+    nats = sum(parts.values()) if parts else evaluate(run.model, run.held_out, config.data.seq_len)[0].item()
     trigram = trigram_bits_per_byte(run.loader, run.step, run.held_out)
     results = {'llama': bits_per_byte(nats, run.held_out.n_bytes), 'zlib -9': zlib_bits,
                'trigram': trigram, 'tokens': run.step*batch}
-    if isinstance(run.held_out, Mixture):
-        results['sources'] = by_source(run.model, run.held_out, config.data.seq_len)
+    if parts:
+        results['sources'] = {s.name: bits_per_byte(parts[s.name], s.shards.n_bytes)
+                              for s in run.held_out.sources}
     write_atomic(run.out/'results.json', json.dumps(results, indent=1) + '\n')
     write_samples(run.model, tokenizer, run.out/'samples.txt')
     report(summary(results, run.out))
