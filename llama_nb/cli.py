@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'print_shards', 'Join', 'Show',
-           'print_span', 'print_provenance', 'Fetch', 'Clean', 'train', 'open_run', 'newest', 'Generate', 'Convert',
-           'Plan', 'usage', 'dispatch', 'main', 'program']
+           'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'train', 'open_run', 'newest', 'Generate',
+           'Convert', 'Plan', 'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import os, sys
@@ -24,15 +24,19 @@ class Toy:
     steps:int=setting(1500, min=2, max=2**31 - 1)     # optimiser steps of 1,024 tokens
     seed:int=setting(0, min=0, max=2**63 - 1)         # random seed of initialisation and data order
     device:str='auto'                                 # auto, cpu, cuda, mps
+    data:str=setting('python', words=('python', 'mini'))  # python, or mini: Table 1 in small, in ../mini
 
     def __post_init__(self): check_fields(self)
 
     def run(self)->int: # exit code
-        from llama_nb.toy import toy, toy_config
+        from llama_nb.toy import mini_config, prepare_mini, toy, toy_config
         from llama_nb.train.host import prepare_run
         pick_device(self.device)                      # before anything is made
         config = toy_config(self.out, self.steps, self.seed, self.device)
-        done = toy(config, ready=prepare_run)
+        if self.data == 'python':
+            done = toy(config, ready=prepare_run)
+        else:
+            done = toy(mini_config(config), ready=prepare_run, prepare=prepare_mini)
         return 128 + done if isinstance(done, int) else 0
 
 # %% ../nbs/92_cli.ipynb #refuse
@@ -221,6 +225,23 @@ class Clean:
         print(result_text(total, self.out, done == is_finished(self.out)))
         return 0
 
+# %% ../nbs/92_cli.ipynb #mini-command
+@dataclass(frozen=True)
+class Mini:
+    "Build the seven sources of section 2.1 in small and offline: raw, clean, tokens, Table 1's mixture"
+    out:tyro.conf.Positional[str]    # folder; the same command goes on. Its README.md says what is real
+    megabytes:float=24               # raw text over all sources, from 0.5 to 200
+    workers:int=setting(0, min=0, max=4096) # processes; 0: one per core
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code
+        from llama_nb.data.mini import MiniSettings, build_mini, describe_corpus
+        workers = self.workers or os.cpu_count() or 1
+        mixture = build_mini(self.out, MiniSettings(self.megabytes), workers)
+        print('\n' + describe_corpus(Path(self.out), mixture))
+        return 0
+
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`"
@@ -338,8 +359,8 @@ class Plan:
 
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
-            'data fetch': Fetch, 'data join': Join, 'data show': Show, 'train': train, 'generate': Generate,
-            'convert': Convert, 'plan': Plan}
+            'data fetch': Fetch, 'data mini': Mini, 'data join': Join, 'data show': Show, 'train': train,
+            'generate': Generate, 'convert': Convert, 'plan': Plan}
 
 def usage()->str:
     "What `llama-nb --help` prints"
