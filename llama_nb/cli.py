@@ -134,7 +134,10 @@ def print_span(loader,    # a Loader
 
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
-    "`llama-nb train [RUN.toml] [--section.key value ...]`"
+    "`llama-nb train [RUN.toml] [--section.key value ...]`, and with `--dry-run [GPUS]` only what it would take"
+    if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
+        from llama_nb.scale.dryrun import dry_run_command
+        return dry_run_command(args)
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MemoryWatch', 'collective_name', 'mesh_axes', 'ring_bytes', 'StepWatch', 'phases', 'watch_step',
-           'dry_config', 'dry_step', 'ranks_of', 'DryRun', 'memory_curve', 'dry_run', 'dry_child']
+           'dry_config', 'dry_step', 'ranks_of', 'DryRun', 'memory_curve', 'dry_run', 'dry_child', 'report_lines',
+           'dry_run_command']
 
 # %% ../../nbs/82_scale.dryrun.ipynb #imports
 import os, pickle, subprocess, sys, tempfile, time, weakref
@@ -20,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from ..config import RunConfig, degrees, differences, load_run, setting_names
-from ..core import UserError, choose
+from ..config import RunConfig, degrees, load_run
+from ..core import UserError
 from ..model import kernels, transformer
 from ..parallel.mesh import make_mesh
 from ..private import COLLECTIVES, OperatorMode
 from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tensors, group_name
-from .memory import memory_per_rank
+from .memory import compiler_saves, memory_per_rank
 from ..train import trainer
 from ..train.optim import make_optimizer
 from ..train.run import Trainer, build_model, check_settings, open_data
@@ -303,9 +304,11 @@ class DryRun:
 
     @property
     def closed_form(self)->dict[str,float]: # part -> bytes; empty for recompute mode budget
-        "What the closed forms say of the fullest moment"
+        "What the closed forms say of the fullest moment, less what a compiled block does without"
         if self.config.train.recompute == 'budget': return {}
-        return memory_per_rank(self.config, self.ranks)
+        parts = memory_per_rank(self.config, self.ranks)
+        saved = self.config.model.n_layers*compiler_saves(self.config, self.layout[2])
+        return parts | {'activations': max(0, parts['activations'] - saved)}
 
 # %% ../../nbs/82_scale.dryrun.ipynb #add-up
 def memory_curve(watch:StepWatch)->tuple[np.ndarray, list[str]]: # (events, categories) bytes, and their phases
@@ -367,3 +370,87 @@ def dry_child(file:str):
     except UserError as error:
         found = UserError(str(error))
     Path(file).write_bytes(pickle.dumps(found))
+
+# %% ../../nbs/82_scale.dryrun.ipynb #report
+def report_lines(run:DryRun, gpu_bytes:float=0)->list[str]: # bytes of a GPU's memory; 0 if not known
+    "What somebody should read before submitting a run"
+    c, (replicate, shard, tensor) = run.config, run.layout
+    batch, groups, micro = c.data.batch_size, replicate*shard, c.train.micro_batch_size
+    tokens = batch*c.data.seq_len
+    lines = [f'layout      {run.ranks:,} GPUs = replicate {replicate} x shard {shard} x tensor {tensor}, '
+             f'{c.model.n_params/1e9:.2f}B parameters in {c.train.dtype}',
+             f'step        {tokens:,} tokens = {batch:,} sequences x {c.data.seq_len:,}; per rank '
+             f'{batch//groups//micro} micro-batches of {micro}',
+             f'run         {c.train.steps:,} steps, {c.train.steps*tokens:.3g} tokens',
+             f'recompute   {c.train.recompute}, compile {c.train.compile}', '',
+             *_memory_lines(run), '', *_collective_lines(run), '']
+    if gpu_bytes: lines.append(_fits_line(run, gpu_bytes))
+    lines.append(f'dry run     rank {run.rank}, in {run.seconds:.0f} s and {run.process_bytes/1e9:.1f} GB of this machine')
+    return lines
+
+def _memory_lines(run:DryRun)->list[str]:
+    "A table: categories at the peak, and the closed form"
+    closed, unit, name = run.closed_form, *((1e9, 'GB') if run.peak > 1e9 else (1e6, 'MB'))
+    lines = [f'memory of a GPU, {name}   dry run   closed form']
+    for kind, size in run.memory.items():
+        formula = f'{closed[kind]/unit:14.2f}' if kind in closed else ''
+        lines.append(f'  {kind:18} {size/unit:11.2f}{formula}')
+    if closed: lines.append(f'  {"work: the last three":18} {sum(list(run.memory.values())[-3:])/unit:9.2f}'
+                            f'{closed["work"]/unit:14.2f}')
+    total = f'{sum(closed.values())/unit:14.2f}' if closed else ''
+    return [*lines, f'  {"peak, " + run.phase:18} {run.peak/unit:11.2f}{total}']
+
+def _collective_lines(run:DryRun, most:int=4)->list[str]:
+    rows = [row for row in run.collectives[:most] if row['ranks'] > 1]
+    return ['collectives of a step   calls     GB   sent',
+            *(f'  {row["name"]:14} {row["axis"]:10}{row["count"]:4}{row["bytes"]/1e9:9.2f}{ring_bytes(row)/1e9:7.2f}'
+              for row in rows)] if rows else ['collectives of a step   none']
+
+_USABLE = .9                                                  # of a GPU's memory; the rest is not tensors
+
+def _fits_line(run:DryRun, gpu_bytes:float)->str:
+    share = run.peak/gpu_bytes
+    verdict = 'fits' if share <= _USABLE else 'does not fit'
+    return f'{verdict:11} {run.peak/1e9:.1f} of {gpu_bytes/1e9:.0f} GB, {share:.0%}; {_USABLE:.0%} can be used'
+
+# %% ../../nbs/82_scale.dryrun.ipynb #command
+def dry_run_command(args:list[str])->int: # exit code
+    "`llama-nb train RUN.toml --dry-run [GPUS] [--gpu-memory GB] [--section.key value ...]`"
+    gpus, args = _take(args, '--dry-run', int)
+    memory, args = _take(args, '--gpu-memory', float)
+    path, settings = ('', args) if not args or args[0].startswith('-') else (args[0], args[1:])
+    if not args: raise UserError('a dry run needs a run file: llama-nb train RUN.toml --dry-run [GPUS]')
+    config = load_run(path, settings)
+    run = dry_run(config, world_size=gpus)
+    print('\n'.join(report_lines(run, 1e9*(memory or 0))))
+    print(_data_line(config))
+    if not gpus and not config.parallel.shard:
+        print(f'GPUs        the run file leaves their number open (parallel.shard 0): computed for {run.ranks}')
+    if memory and run.peak > _USABLE*1e9*memory:
+        raise UserError(f'{run.peak/1e9:.1f} GB do not fit a GPU of {memory:g} GB; lower '
+                        'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
+    return 0
+
+def _take(args:list[str], flag:str, kind:type)->tuple: # its value, None without one; the other arguments
+    "Take a flag and its number out of the arguments. Raises `UserError` for a number that is none"
+    names = {flag, flag.replace('-', '_').replace('__', '--', 1)}
+    args = [word for a in args for word in (a.split('=', 1) if a.split('=')[0] in names else [a])]
+    at = next((i for i, a in enumerate(args) if a in names), None)
+    if at is None: return None, args
+    rest = args[:at], args[at + 1:]
+    value = rest[1][0] if rest[1] and not rest[1][0].startswith('--') else None
+    if value is None or value.endswith('.toml'): return None, [*rest[0], *rest[1]]
+    try:
+        number = kind(value)
+    except ValueError:
+        number = 0
+    if not 0 < number < 1e9: raise UserError(f'{flag} takes a number above 0, not {value!r}')
+    return number, [*rest[0], *rest[1][1:]]
+
+def _data_line(config:RunConfig)->str:
+    "What the run would read, if it is here"
+    missing = [path for path in (config.data.train, config.data.held_out) if path and not Path(path).exists()]
+    if missing: return f'not seen    {" and ".join(missing)}: not here; and the folder {config.out}'
+    loader, _ = open_data(config)
+    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size))
+    return f'data        {config.data.train}: gone through {epochs} times; not seen: the folder {config.out}'
