@@ -134,7 +134,7 @@ def print_span(loader,    # a Loader
 
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
-    "`llama-nb train [RUN.toml] [--section.key value ...]`, and with `--dry-run [GPUS]` only what it would take"
+    "`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take"
     if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
         from llama_nb.scale.dryrun import dry_run_command
         return dry_run_command(args)

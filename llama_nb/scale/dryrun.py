@@ -117,7 +117,8 @@ def mesh_axes(mesh)->dict[str,tuple[str, int]]: # name of a process group -> axi
     "The axes of a layout from `make_mesh`, and all ranks; none in one process"
     if mesh is None: return {}
     world = {dist.group.WORLD.group_name: ('all', dist.get_world_size())}
-    return world | {mesh.get_group(axis).group_name: (axis, mesh[axis].size()) for axis in mesh.mesh_dim_names}
+    for axis in mesh.mesh_dim_names: world[mesh.get_group(axis).group_name] = axis, mesh[axis].size()
+    return world
 
 def ring_bytes(row:dict, # a row of `DryRun.collectives`
               )->float:
@@ -250,10 +251,12 @@ def _fill(run:Trainer):
     run.batches = repeat(batch)
 
 # %% ../../nbs/82_scale.dryrun.ipynb #dry-step
-_LOOKS_AT_VALUES = (transformer, 'check_tokens'), (transformer, 'check_borders'), (kernels, 'check_borders')
+_LOOKS_AT_VALUES = ((transformer, 'check_tokens'), (transformer, 'check_borders'),
+                    (kernels, 'check_borders'))
 
 def dry_step(config:RunConfig, world_size:int=None, rank:int=0)->'DryRun':
-    """As `dry_run`, in this process, which must have no process group. What is compiled stays compiled"""
+    """As `dry_run`, in this process, which must have no process group. Once in a process: what is compiled
+    stays compiled, and DTensor keeps the layouts it has worked out, with the names of their groups"""
     start, config = time.perf_counter(), dry_config(config)
     layout = degrees(config.parallel, config.model, world_size or ranks_of(config))
     with ExitStack() as stack:
@@ -355,8 +358,8 @@ def dry_run(config:RunConfig,
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder)/'dry'
         file.write_bytes(pickle.dumps((config, world_size, rank)))
-        done = subprocess.run([sys.executable, '-c', _CHILD, file], env=env, capture_output=True, text=True,
-                              timeout=timeout)
+        command = [sys.executable, '-c', _CHILD, file]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
         if done.returncode: raise RuntimeError(f'the dry run failed:\n{done.stderr[-3000:]}')
         found = pickle.loads(file.read_bytes())
     if isinstance(found, Exception): raise found
@@ -385,8 +388,8 @@ def report_lines(run:DryRun, gpu_bytes:float=0)->list[str]: # bytes of a GPU's m
              f'recompute   {c.train.recompute}, compile {c.train.compile}', '',
              *_memory_lines(run), '', *_collective_lines(run), '']
     if gpu_bytes: lines.append(_fits_line(run, gpu_bytes))
-    lines.append(f'dry run     rank {run.rank}, in {run.seconds:.0f} s and {run.process_bytes/1e9:.1f} GB of this machine')
-    return lines
+    took = f'{run.seconds:.0f} s and {run.process_bytes/1e9:.1f} GB of this machine'
+    return [*lines, f'dry run     rank {run.rank}, in {took}']
 
 def _memory_lines(run:DryRun)->list[str]:
     "A table: categories at the peak, and the closed form"
@@ -395,16 +398,18 @@ def _memory_lines(run:DryRun)->list[str]:
     for kind, size in run.memory.items():
         formula = f'{closed[kind]/unit:14.2f}' if kind in closed else ''
         lines.append(f'  {kind:18} {size/unit:11.2f}{formula}')
-    if closed: lines.append(f'  {"work: the last three":18} {sum(list(run.memory.values())[-3:])/unit:9.2f}'
-                            f'{closed["work"]/unit:14.2f}')
+    if closed:
+        work = sum(run.memory[kind] for kind in KINDS[-3:])
+        lines.append(f'  {"work: these three":18} {work/unit:11.2f}{closed["work"]/unit:14.2f}')
     total = f'{sum(closed.values())/unit:14.2f}' if closed else ''
     return [*lines, f'  {"peak, " + run.phase:18} {run.peak/unit:11.2f}{total}']
 
 def _collective_lines(run:DryRun, most:int=4)->list[str]:
-    rows = [row for row in run.collectives[:most] if row['ranks'] > 1]
-    return ['collectives of a step   calls     GB   sent',
-            *(f'  {row["name"]:14} {row["axis"]:10}{row["count"]:4}{row["bytes"]/1e9:9.2f}{ring_bytes(row)/1e9:7.2f}'
-              for row in rows)] if rows else ['collectives of a step   none']
+    lines = []
+    for row in [row for row in run.collectives if row['ranks'] > 1][:most]:
+        sizes = f'{row["bytes"]/1e9:9.2f}{ring_bytes(row)/1e9:9.2f}'
+        lines.append(f'  {row["name"]:14} {row["axis"]:10}{row["count"]:6}{sizes}')
+    return ['collectives of a step        calls       GB     sent', *lines]
 
 _USABLE = .9                                                  # of a GPU's memory; the rest is not tensors
 
@@ -449,8 +454,9 @@ def _take(args:list[str], flag:str, kind:type)->tuple: # its value, None without
 
 def _data_line(config:RunConfig)->str:
     "What the run would read, if it is here"
-    missing = [path for path in (config.data.train, config.data.held_out) if path and not Path(path).exists()]
-    if missing: return f'not seen    {" and ".join(missing)}: not here; and the folder {config.out}'
+    texts = filter(None, (config.data.train, config.data.held_out))
+    missing = ' and '.join(path for path in texts if not Path(path).exists())
+    if missing: return f'not seen    {missing}: not here; and the folder {config.out}'
     loader, _ = open_data(config)
     epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size))
     return f'data        {config.data.train}: gone through {epochs} times; not seen: the folder {config.out}'
