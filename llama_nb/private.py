@@ -101,7 +101,7 @@ def fake_ranks(world_size:int, rank:int=0):
     "A process group of ranks that do not exist; collectives return at once, with whatever is there"
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    importlib.import_module('torch.distributed._tools.fake_collectives')       # operators of fake tensors, too
+    importlib.import_module('torch.distributed._tools.fake_collectives')       # of fake tensors, too
     dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield

@@ -1,9 +1,10 @@
-"""Dry runs of many layouts: one process imports, and each dry run is a child that it forks, for a process group
-and DTensor's plans last as long as their process."""
+"""Dry runs of many layouts: one process imports, and each dry run is a forked child, for the layouts that
+DTensor has worked out last as long as their process."""
 import json, os, sys, traceback
 from dataclasses import replace
 import torch
-from llama_nb.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig, load_run
+from llama_nb.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from llama_nb.config import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.dryrun import dry_step
 
@@ -24,7 +25,8 @@ def answer(config, rank=0, world_size=None):
     except UserError as error:
         return {'error': str(error)}
     assert not torch.distributed.is_initialized() and torch.UntypedStorage.resize_.__name__ == 'resize_'
-    names = 'layout', 'peak', 'phase', 'memory', 'most', 'closed_form', 'collectives', 'seconds', 'process_bytes'
+    names = ('layout', 'peak', 'phase', 'memory', 'most', 'closed_form', 'collectives', 'seconds',
+             'process_bytes')
     return {name: getattr(run, name) for name in names} | {'timeline': len(run.timeline)}
 
 def forked(config, **more):

@@ -314,7 +314,7 @@ class DryRun:
         return parts | {'activations': max(0, parts['activations'] - saved)}
 
 # %% ../../nbs/82_scale.dryrun.ipynb #add-up
-def memory_curve(watch:StepWatch)->tuple[np.ndarray, list[str]]: # (events, categories) bytes, and their phases
+def memory_curve(watch:StepWatch)->tuple[np.ndarray, list[str]]: # (events, categories) bytes; phases
     "The memory after each event of a step"
     events = [(KINDS.index(watch.kinds[number]), change) for number, change, _ in watch.events]
     kinds, changes = np.array(events).T
@@ -416,7 +416,8 @@ _USABLE = .9                                                  # of a GPU's memor
 def _fits_line(run:DryRun, gpu_bytes:float)->str:
     share = run.peak/gpu_bytes
     verdict = 'fits' if share <= _USABLE else 'does not fit'
-    return f'{verdict:11} {run.peak/1e9:.1f} of {gpu_bytes/1e9:.0f} GB, {share:.0%}; {_USABLE:.0%} can be used'
+    used = f'{run.peak/1e9:.1f} of {gpu_bytes/1e9:.0f} GB, {share:.0%}'
+    return f'{verdict:11} {used}; {_USABLE:.0%} can be used'
 
 # %% ../../nbs/82_scale.dryrun.ipynb #command
 def dry_run_command(args:list[str])->int: # exit code
@@ -430,7 +431,7 @@ def dry_run_command(args:list[str])->int: # exit code
     print('\n'.join(report_lines(run, 1e9*(memory or 0))))
     print(_data_line(config))
     if not gpus and not config.parallel.shard:
-        print(f'GPUs        the run file leaves their number open (parallel.shard 0): computed for {run.ranks}')
+        print(f'GPUs        the run file leaves their number open (parallel.shard 0): done for {run.ranks}')
     if memory and run.peak > _USABLE*1e9*memory:
         raise UserError(f'{run.peak/1e9:.1f} GB do not fit a GPU of {memory:g} GB; lower '
                         'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
