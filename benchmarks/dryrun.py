@@ -1,9 +1,8 @@
 """A dry run of each run file in configs/ on its cluster, beside the closed forms: memory by category, the
-memory over a step, and the collectives; compiled, as the files say, and eager, as the closed forms suppose.
-Writes dryrun.json next to this file, which the page on dry runs draws.
+memory over a step, and the collectives. Writes dryrun.json next to this file, which the page on dry runs draws.
 
-    python benchmarks/dryrun.py               # all; ten minutes or so on two cores
-    python benchmarks/dryrun.py 65B-eager     # one of them; the others stay as they are
+    python benchmarks/dryrun.py               # all; some minutes on two cores
+    python benchmarks/dryrun.py 65B           # one of them; the others stay as they are
 """
 import json, os, platform, sys
 from dataclasses import asdict
@@ -15,14 +14,11 @@ from llama_nb.scale.dryrun import KINDS, dry_run
 
 HERE = Path(__file__).resolve().parent
 WORLD = {'7B': 512, '13B': 1024, '33B': 2048, '65B': 2048}    # GPUs of the run files
-NAMES = [name + form for form in ('', '-eager') for name in WORLD]
 
 def row(name:str)->dict:
     "What the page needs of a dry run"
-    size, _, form = name.partition('-')
-    settings = ('--train.compile', 'off') if form else ()
-    config = load_run(HERE.parent/'configs'/f'{size}.toml', settings)
-    run = dry_run(config, world_size=WORLD[size], timeout=3600)
+    config = load_run(HERE.parent/'configs'/f'{name}.toml')
+    run = dry_run(config, world_size=WORLD[name], timeout=3600)
     found = asdict(run)
     del found['config']
     made = {'date': str(date.today()), 'torch': torch.__version__, 'python': platform.python_version(),
@@ -34,11 +30,11 @@ def store(name:str, found:dict):
     path = HERE/'dryrun.json'
     rows = json.loads(path.read_text()) if path.exists() else {}
     rows[name] = found
-    ordered = {'kinds': KINDS} | {n: rows[n] for n in NAMES if n in rows}
+    ordered = {'kinds': KINDS} | {n: rows[n] for n in WORLD if n in rows}
     path.write_text(json.dumps(ordered, separators=(',', ':')).replace('],[', '],\n[') + '\n')
 
 def main(names:list[str]):
-    for name in names or NAMES:
+    for name in names or WORLD:
         found = row(name)
         store(name, found)
         print(f'{name}: {found["peak"]/1e9:.1f} GB in {found["seconds"]:.0f} s', flush=True)

@@ -64,7 +64,7 @@ class MemoryWatch(OperatorMode):
         self.kinds = []                                       # category of each storage that ever was
         self.events = []                                      # (its number, change in bytes, phase)
         self.live = {}                                        # id -> [number, bytes, weak reference]
-        self.phase, self.resting = 'before', False
+        self.phase, self.first, self.resting = 'before', 0, False # first storage of a forward pass
 
     def note(self, storage:torch.UntypedStorage, kind:str='temporary'):
         key = id(storage)
@@ -174,11 +174,11 @@ class StepWatch(MemoryWatch):
 def phases(watch:StepWatch, run:Trainer):
     "Tell `watch` where the step is, and give categories where they show"
     def forward():
-        watch.phase, phases.first = 'forward', len(watch.kinds)
+        watch.phase, watch.first = 'forward', len(watch.kinds)
     def loss(norm, inputs):
         last = watch.number(inputs[0])
         for number, size, _ in watch.live.values():
-            made = size and number >= phases.first and number != last
+            made = size and number >= watch.first and number != last
             if made and watch.kinds[number] in _OPEN: watch.kinds[number] = 'activations'
         watch.phase = 'loss'
     def gradients(phase):
@@ -353,6 +353,7 @@ def dry_run(config:RunConfig,
            )->DryRun:
     """One step of one rank, on fake tensors and among fake ranks, in a process of its own. Raises `UserError`
     for a run that cannot work on so many ranks"""
+    degrees(config.parallel, config.model, world_size or ranks_of(config))        # an error is told at once
     path = os.pathsep.join(p for p in sys.path if p)
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     with tempfile.TemporaryDirectory() as folder:
