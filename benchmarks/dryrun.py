@@ -1,5 +1,5 @@
 """A dry run of each run file in configs/ on its cluster, beside the closed forms: memory by category, the
-memory over a step, and the collectives. Writes dryrun.json next to this file, which the page on dry runs draws.
+memory over a step, and the collectives. Writes dryrun.json next to this file, for the page on dry runs.
 
     python benchmarks/dryrun.py               # all; some minutes on two cores
     python benchmarks/dryrun.py 65B           # one of them; the others stay as they are
