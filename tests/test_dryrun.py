@@ -44,16 +44,16 @@ def test_peak_and_categories(found, case):
     if run['phase'] != 'forward':
         assert run['memory']['gathered weights'] <= closed['gathered weights']*1.01
     buffers = buffer_bytes(small(*case), replicate*shard*tensor)
-    assert most['logits'] == pytest.approx(buffers['logits'], rel=.2 if tensor > 1 else .01)
+    assert most['logits'] == pytest.approx(buffers['logits'], rel=.01)
     if shard > 1 and tensor == 1: assert most['communication'] == pytest.approx(buffers['scatter'], rel=.01)
 
 @pytest.mark.parametrize('case', [c for c in CASES if len(c) < 4], ids=str)
 def test_saved_activations(found, case):
-    "What is there when the loss begins, of all blocks"
+    "What is there when the loss begins, of all blocks, beside the table of rotations"
     from llama_nb.scale.memory import kept_bytes
     config = small(*case)
     kept = MODEL.n_layers*kept_bytes(config, case[0][2])
-    assert found[CASES.index(case)]['most']['activations'] == pytest.approx(kept, rel=.06)
+    assert found[CASES.index(case)]['most']['activations'] == pytest.approx(kept, rel=.02, abs=5e5)
 
 def test_collectives_are_those_of_fsdp(found):
     "Each group is gathered for the forward pass and for the backward pass, but for the last and the root"
@@ -73,10 +73,10 @@ def test_replicas_sum_once_a_step(found):
     assert rows['reduce-scatter', 'shard']['count'] == 4*(MODEL.n_layers + 1)
 
 def test_a_wrong_closed_form_is_seen(found):
-    "Activations that lack one stream are outside the five percent"
+    "Activations that lack four of 13 vectors are outside the five percent"
     run = found[CASES.index(((1, 8, 1), 'none'))]
     stream = 2*2*512*MODEL.dim*MODEL.n_layers
-    assert abs(run['peak']/(sum(run['closed_form'].values()) - 2*stream) - 1) > .05
+    assert abs(run['peak']/(sum(run['closed_form'].values()) - 4*stream) - 1) > .05
 
 # --- at full size -------------------------------------------------------------------------------
 
