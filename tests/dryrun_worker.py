@@ -8,6 +8,7 @@ from llama_nb.config import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.dryrun import dry_step
 
+RESIZE = torch.UntypedStorage.resize_                        # a dry run replaces it, and puts it back
 MODEL = ModelConfig(512, 6, 8, vocab_size=4096, multiple_of=64, max_seq_len=512)
 
 def small(layout, recompute, accumulate=1, compile='off', dtype='bfloat16', documents='cross', model=None):
@@ -24,7 +25,7 @@ def answer(config, rank=0, world_size=None):
         run = dry_step(config, world_size, rank)
     except UserError as error:
         return {'error': str(error)}
-    assert not torch.distributed.is_initialized() and torch.UntypedStorage.resize_.__name__ == 'resize_'
+    assert not torch.distributed.is_initialized() and torch.UntypedStorage.resize_ is RESIZE
     names = ('layout', 'peak', 'phase', 'memory', 'most', 'closed_form', 'collectives', 'seconds',
              'process_bytes')
     return {name: getattr(run, name) for name in names} | {'timeline': len(run.timeline)}
