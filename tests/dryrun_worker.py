@@ -9,7 +9,7 @@ from llama_nb.core import UserError
 from llama_nb.scale.dryrun import dry_step
 
 RESIZE = torch.UntypedStorage.resize_                        # a dry run replaces it, and puts it back
-MODEL = ModelConfig(512, 6, 8, vocab_size=4096, multiple_of=64, max_seq_len=512)
+MODEL = ModelConfig(512, 6, 8, vocab_size=2560, multiple_of=64, max_seq_len=512)
 
 def small(layout, recompute, accumulate=1, compile='off', dtype='bfloat16', documents='cross', model=None):
     "A run of 2 x 512 tokens in a micro-batch"

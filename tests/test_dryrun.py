@@ -41,7 +41,7 @@ def test_peak_and_categories(found, case):
     assert most["AdamW's moments"] == pytest.approx(closed["AdamW's moments"], rel=.01)
     replicate, shard, tensor = case[0]
     assert most['gradients'] == pytest.approx(4*MODEL.n_params/shard/tensor, rel=.25)
-    if run['phase'] != 'forward':
+    if run['phase'] == 'backward' and tensor == 1:
         assert run['memory']['gathered weights'] <= closed['gathered weights']*1.01
     buffers = buffer_bytes(small(*case), replicate*shard*tensor)
     assert most['logits'] == pytest.approx(buffers['logits'], rel=.01)
