@@ -244,7 +244,10 @@ class Mini:
 
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
-    "`llama-nb train [RUN.toml] [--section.key value ...]`"
+    "`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take"
+    if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
+        from llama_nb.scale.dryrun import dry_run_command
+        return dry_run_command(args)
     from llama_nb.parallel.processes import stop_ranks
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run

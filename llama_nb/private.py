@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['COLLECTIVES', 'cpu_attention', 'cpu_attention_backward', 'onednn_linear', 'has_onednn_linear', 'cpu_keys',
            'constant_in_graphs', 'compiler_with_budget', 'send_while_multiplying', 'set_group_timeout', 'local_box',
-           'is_strided', 'skip_where', 'xformers_borders', 'xformers_has_kernels']
+           'is_strided', 'OperatorMode', 'fake_ranks', 'fake_tensors', 'dtensor_plans_in', 'equal_plans_once',
+           'group_name', 'skip_where', 'xformers_borders', 'xformers_has_kernels']
 
 # %% ../nbs/95_private.ipynb #imports
 import importlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
+from unittest.mock import patch
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/95_private.ipynb #cpu-attention
 def cpu_attention(q:Tensor,          # (b, h, t, k)
@@ -85,6 +89,59 @@ def is_strided(placement:'torch.distributed.tensor.placement_types.Placement')->
     return hasattr(placement, 'split_factor')
 
 COLLECTIVES = torch.ops._c10d_functional # those that the compiler takes into its graphs
+
+# %% ../nbs/95_private.ipynb #fake
+class OperatorMode(TorchDispatchMode):
+    "Sees every operator, below autograd, in `__torch_dispatch__`; compiled functions run compiled under it"
+    @classmethod
+    def ignore_compile_internals(cls)->bool: return True
+
+@contextmanager
+def fake_ranks(world_size:int, rank:int=0):
+    "A process group of ranks that do not exist; collectives return at once, with whatever is there"
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    importlib.import_module('torch.distributed._tools.fake_collectives')       # of fake tensors, too
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+def fake_tensors():
+    "A context in which tensors have shapes and no bytes"
+    from torch._subclasses import FakeTensorMode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+@contextmanager
+def dtensor_plans_in(aside:Callable): # returns a context manager
+    "Let DTensor work out the layouts of new operators, which it does by trial, within `aside()`"
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    plan = ShardingPropagator._propagate_tensor_meta_non_cached
+    def propagate(*args):
+        with aside(): return plan(*args)
+    with patch.object(ShardingPropagator, '_propagate_tensor_meta_non_cached', propagate): yield
+
+@contextmanager
+def equal_plans_once():
+    "Let DTensor plan an operator once for all parameters that are alike; torch 2.13 plans each one anew"
+    from torch.distributed.tensor._ops import utils
+    plan, made = utils.expand_to_full_mesh_op_strategy, {}
+    def once(mesh, schema, *args, **options):
+        specs = [x.strategies[0].output_spec for x in (*schema.args_strategy, *schema.kwargs_strategy)]
+        key = schema.op, mesh, str(args), str(options), *((s.placements, s.tensor_meta) for s in specs)
+        if key not in made: made[key] = plan(mesh, schema, *args, **options)
+        return made[key]
+    with patch.object(utils, 'expand_to_full_mesh_op_strategy', once): yield
+
+def group_name(argument)->str|None: # None if it is no group
+    "The name of the process group among an operator's arguments"
+    if isinstance(argument, str): return argument
+    if not isinstance(argument, torch.ScriptObject): return None
+    try:
+        return torch.distributed.ProcessGroup.unbox(argument).group_name
+    except RuntimeError:                                               # a reduction, such as a sum
+        return None
 
 # %% ../nbs/95_private.ipynb #optimiser
 def skip_where(optimizer:torch.optim.Optimizer, # fused

@@ -88,48 +88,8 @@ def kept_cases(n, cases):
 
 # --- the peak of a step -------------------------------------------------------------------------
 
-class Peak(TorchDispatchMode):
-    """Bytes of all storages that live, and the most there ever were; MemTracker's numbers, in time that does
-    not grow with their number"""
-    def __init__(self, *tensors):
-        super().__init__()
-        self.live, self.bytes, self.peak = {}, 0, 0
-        for x in tensors: self.note(local(x).untyped_storage())
-
-    def note(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.live: self.live[key] = [weakref.ref(storage, lambda _: self.change(key, 0)), 0]
-        self.change(key, size)
-
-    def change(self, key, size):
-        self.bytes += size - self.live[key][1]
-        self.live[key][1] = size
-        if not size and self.live[key][0]() is None: del self.live[key]
-        self.peak = max(self.peak, self.bytes)
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types): return NotImplemented
-        # as it does; its fake makes another
-        if operator is torch.ops._c10d_functional.wait_tensor.default: return args[0]
-        out = operator(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor): self.note(x.untyped_storage())
-        return out
-
-    def __enter__(self):
-        self.resize = torch.UntypedStorage.resize_  # how FSDP forgets gathered weights
-        def resize_(storage, size):
-            self.resize(storage, size)
-            storage._cdata in self.live and self.change(storage._cdata, storage.nbytes())
-        torch.UntypedStorage.resize_ = resize_
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self.resize
-        return super().__exit__(*error)
-
 class Torchs:
-    "PyTorch's own tracker, as a judge of ours"
+    "PyTorch's own tracker of memory"
     def __init__(self, *tensors):
         self.tracker = MemTracker()
         self.tracker.track_external(*tensors)
@@ -157,7 +117,7 @@ def on_meta(run, mesh):
     if mesh: apply_data_parallel(model, mesh, getattr(torch, run.train.dtype))
     return model
 
-def one_step(run, ranks, tracker=Peak):
+def one_step(run, ranks):
     "The most that rank 0 needs in the forward and backward passes of a step, weights and optimiser included"
     model, share = shared_model(run, ranks)
     model.to_empty(device='cpu')
@@ -165,28 +125,15 @@ def one_step(run, ranks, tracker=Peak):
     prepare_optimizer(model, optimizer)
     x = torch.zeros(share, run.data.seq_len, dtype=torch.int64)
     moments = [v for state in optimizer.state.values() for v in state.values()]
-    with tracker(*model.parameters(), *moments, x) as watch:
+    with Torchs(*model.parameters(), *moments, x) as watch:
         accumulate(model, x, x, run.train.micro_batch_size, getattr(torch, run.train.dtype), None,
                    torch.tensor(1.))
     return watch.peak
 
-def peak(path, ranks, settings=(), tracker=Peak):
+def peak(path, ranks, settings):
     "Of a run at full size: bytes"
-    if ranks > 1: pretend(ranks)
+    pretend(ranks)
     transformer.check_tokens = lambda *_: None  # looks at numbers, and there are none
-    off = '--train.compile', 'off'
-    one_layer, run = (load_run(path, [*off, *settings, *layers])
-                      for layers in (('--model.n_layers', '1', '--data.batch_size', '2048'), ()))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        # layouts are worked out at the first pass, with trial operations
-        if run.parallel.tensor > 1: one_step(one_layer, ranks)
-        return one_step(run, ranks, tracker)
-
-def both(path, ranks, settings): return [peak(path, ranks, settings), again(path, ranks, settings)]
-
-def again(*arguments):
-    "The same step by PyTorch's tracker"
-    if dist.is_initialized(): dist.destroy_process_group()
-    return peak(*arguments, tracker=Torchs)
+    with FakeTensorMode(allow_non_fake_inputs=True): return one_step(load_run(path, settings), ranks)
 
 if __name__ == '__main__': print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))

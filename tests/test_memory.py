@@ -1,10 +1,10 @@
-"Memory is what we say: what blocks keep, and what a rank of the full world needs at its peak."
+"Memory is what we say: what blocks keep; and a judge of the dry run."
 import json, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import ENV
 from llama_nb.config import load_run
-from llama_nb.scale.memory import memory_per_rank
+from llama_nb.scale.dryrun import dry_run
 
 WORKER = Path(__file__).with_name('memory_worker.py')
 
@@ -40,34 +40,15 @@ def test_kept_bytes(kept, sequence, mode, compiled):
     else:
         assert got == right
 
-# --- the peak of a step -------------------------------------------------------------------------
+# --- the peak of a step: tests/test_dryrun.py, and here its judge ---------------------------------
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
-MACHINE = '--parallel.replicate', '1', '--data.batch_size', '64'  # 8 GPUs, two micro-batches of 4
-ALONE = ('--parallel.replicate', '1', '--parallel.shard', '1', '--model.n_layers', '4', '--data.batch_size',
-         '4')
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize('name, ranks, settings',
-                         [('7B', 512, ()), ('13B', 1024, ()), ('33B', 2048, ()), ('65B', 2048, ()),
-                          ('7B', 8, MACHINE)])
-def test_peak_of_a_rank(name, ranks, settings):
-    """The real model at full size, in the real layout, tensor by tensor: within 5 % of the formula,
-    accumulation included"""
-    got = worker('peak', str(CONFIGS/f'{name}.toml'), ranks, settings, timeout=850)
-    assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/f'{name}.toml', settings),
-                                                    ranks).values()), rel=.05)
-
-@pytest.mark.parametrize('mode', ['none', 'linear', 'full'])
-def test_peak_of_one_process(mode):
-    settings = *ALONE, '--train.recompute', mode, '--train.compile', 'off'
-    got = worker('peak', str(CONFIGS/'7B.toml'), 1, settings)
-    assert got == pytest.approx(sum(memory_per_rank(load_run(CONFIGS/'7B.toml', settings), 1).values()),
-                                rel=.05)
-
-def test_our_tracker_agrees_with_torchs():
+def test_the_dry_run_agrees_with_pytorchs_tracker():
     "PyTorch's takes time that grows with the square of the layers; at two layers of 7B both count the same"
-    ours, torchs = worker('both', str(CONFIGS/'7B.toml'), 512, ('--model.n_layers', '2'))
+    settings = '--model.n_layers', '2', '--train.compile', 'off'
+    torchs = worker('peak', str(CONFIGS/'7B.toml'), 512, settings)
+    ours = dry_run(load_run(CONFIGS/'7B.toml', settings), world_size=512).peak
     assert ours == pytest.approx(torchs, rel=.01)
 
 def test_the_formula_needs_no_training_code():

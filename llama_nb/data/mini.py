@@ -21,7 +21,7 @@ from .classify import (LANGUAGE_MODEL, FastTextRules, ReferenceRules, reference_
 from .corpus import SOURCES, Models, clean_source, find_files
 from .documents import Document, is_held_out, read_documents
 from .dress import BUILDERS, Origin
-from .engine import in_processes
+from .executors import in_processes
 from .found import mixed
 from .mixture import TABLE_1, Mixture, source_table, write_mixture
 from .ngram import (NgramRules, fit_cutoffs, load_ngrams, normalise, perplexity, sentences_of,

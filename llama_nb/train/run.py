@@ -151,6 +151,7 @@ def build_model(config:RunConfig,
                 device:torch.device,
                 mesh:DeviceMesh=None, # the layout, from `make_mesh`; one process if None
                 draw:bool=True,       # False: memory only, for weights that come from a checkpoint
+                backend:str='inductor', # of the compiler
                )->LLaMA:
     "The network of a run on `device`, with the weights of the run's seed"
     c = config.train
@@ -160,7 +161,7 @@ def build_model(config:RunConfig,
     if mesh: apply_tensor_parallel(model, mesh['tensor'], config.parallel.sequence)
     apply_recompute(model, c.recompute, c.memory_budget)
     if c.compile == 'blocks':
-        for layer in model.layers: layer.compile(fullgraph=True)
+        for layer in model.layers: layer.compile(backend=backend, fullgraph=True)
     if mesh: apply_data_parallel(model, mesh, pick_dtype(c.dtype, device))
     if not draw: return model.to_empty(device=device)
     materialize(model, c.seed, device)
