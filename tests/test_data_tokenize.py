@@ -462,7 +462,6 @@ def test_data_show_prints_where_a_sequence_comes_from(texts, tokenizer, run_file
         if wanted:
             assert wanted in lines[1]
             continue
-        first, last = lines[0].split('documents ')[1].split(' to ', 1)
         told = [line for line in lines if ': tokens ' in line and ', from ' in line]
         assert told and 'https://x.org/' in told[0] and any('rule.0 0.' in line for line in lines)
 
