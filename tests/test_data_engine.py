@@ -68,7 +68,8 @@ def running(pid):
 def until(true, seconds=100):
     "Wait until `true()`; whether it was, in the end"
     end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end: time.sleep(.005)
+    while not true() and time.monotonic() < end:
+        time.sleep(.005)
     return bool(true())
 
 linux = pytest.mark.skipif(not Path('/proc/self').exists(), reason='asks Linux for its processes')
@@ -146,8 +147,8 @@ def test_a_signal_ends_it_with_one_line_and_nothing_half(place, calm, number, co
     process = start(place, out, workers, .005)
     assert until(lambda: [*(place/out).rglob('.*.zst.*.tmp')])
     team = children(process)
-    if number == signal.SIGINT: os.killpg(process.pid, number)     # as a terminal does
-    else: process.send_signal(number)
+    send = os.killpg if number == signal.SIGINT else os.kill        # a terminal asks all of them
+    send(process.pid, number)
     asked = time.monotonic()
     assert process.wait(30) == code and time.monotonic() - asked < 20
     said = process.stderr.read()

@@ -130,7 +130,8 @@ def play(tmp_path, monkeypatch):
     monkeypatch.setenv('PLAY', str(folder))
     yield folder
     end = time.monotonic() + 60
-    while (folder/'running').exists() and time.monotonic() < end: time.sleep(.05)
+    while (folder/'running').exists() and time.monotonic() < end:
+        time.sleep(.05)
 
 def test_a_command_that_comes_back_waits_for_the_same_array(acting, files, play, tmp_path, capsys):
     run_job(acting.job(), files, tmp_path/'calm')

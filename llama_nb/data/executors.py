@@ -62,11 +62,21 @@ def _pickled(work:Callable)->bytes:
         raise UserError(f'the job cannot be sent to other processes: {e}; reader and cleaners must be '
                         'functions of modules') from None
 
+@contextmanager
+def _deaf_to_ctrl_c():
+    "What is started here ignores Ctrl-C from its first instant, also while it imports"
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
 def _start_worker(work:bytes, prepare:Callable|None)->tuple: # pipe, process
     context = multiprocessing.get_context('spawn')
     ours, its = context.Pipe()
     process = context.Process(target=_worker, args=(its, prepare))
-    process.start()
+    with _deaf_to_ctrl_c(): process.start()
     its.close()                                                 # so that its death is the end of the pipe
     return ours, process
 
