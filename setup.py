@@ -16,6 +16,9 @@ linux_x86 = [f'{r}; sys_platform == "linux" and platform_machine == "x86_64"'
 # What some of the seven sources need
 data = cfg['data_requirements'].split()
 
+# Cleaning under Slurm or Ray, and from addresses
+cluster = data + cfg['cluster_requirements'].split()
+
 # The site is part of `test`, so that a link or a formula that breaks is seen; `dev` is for who edits pages
 docs = cfg['docs_requirements'].split()
 test = cfg['test_requirements'].split() + docs + data
@@ -35,7 +38,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
     install_requires=cfg['requirements'].split() + linux_x86,
-    extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data},
+    extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'cluster': cluster},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,

@@ -2,7 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import ENV
+from conftest import ENV, variant
 from llama_nb.config import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.dryrun import _take, dry_run_command, ranks_of
@@ -82,7 +82,7 @@ def test_a_wrong_closed_form_is_seen(found):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('name, ranks, settings',
-                         [('7B', 512, ()), ('65B', 2048, ()),
+                         [variant('7B', 512, ()), ('65B', 2048, ()),
                           ('7B', 8, ('--parallel.replicate', '1', '--data.batch_size', '64'))])
 def test_full_size(name, ranks, settings):
     "The real model in the real layout, tensor by tensor; accumulation included"
@@ -108,7 +108,7 @@ def test_documents_and_float32():
     (('--dry-run', '512', '--gpu-memory', 'much'), 'above 0'),
     (('--dry-run', '512', '--parallel.tensor', '3'), 'cannot share'),
     (('--dry-run', '512', '--data.batch_size', '1'), 'micro_batch_size'),
-    (('--dry-run', '512', '--train.recompute', 'most'), 'recompute mode')])
+    (('--dry-run', '512', '--train.recompute', 'most'), 'unknown train.recompute')])
 def test_a_mistake_is_one_line(settings, said):
     with pytest.raises(UserError) as e: dry_run_command([str(CONFIGS/'7B.toml'), *settings])
     assert said in str(e.value) and '\n' not in str(e.value)

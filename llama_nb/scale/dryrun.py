@@ -150,7 +150,7 @@ class StepWatch(MemoryWatch):
     def kind_of(self, x:Tensor, operator, args:tuple)->str:
         "The category of a new result"
         if self.phase == 'loss' and x.ndim == 2 and x.shape[1] == self.vocab: return 'logits'
-        copied = self.phase == 'forward' and operator is torch.ops.aten._to_copy.default
+        copied = self.phase == 'forward' and operator.name() == 'aten::_to_copy'
         number = self.number(args[0]) if copied else None
         return 'gathered weights' if number is not None and self.kinds[number] == 'weights' else 'temporary'
 
