@@ -206,7 +206,8 @@ class Clean:
     paths:tyro.conf.Positional[tuple[str, ...]]  # files, folders, or patterns in quotation marks
     out:str                                      # folder of the result; the same command goes on with it
     preset:str='paper'                           # whose choices: paper, ccnet, redpajama, strict
-    workers:int=setting(0, min=0, max=4096)      # processes; 0: one per core
+    workers:int=setting(0, min=0, max=4096)      # processes, or tasks of a cluster; 0: one per core
+    executor:str='local'                         # or slurm, ray; slurm:partition=cpu,time=8:00:00,memory=4
     language_model:str=''                        # fastText classifier; none leaves the stage out
     perplexity_model:str=''                      # .arpa or .bin of an n-gram model, tokenizer beside it
     reference_model:str=''                       # fastText classifier; or none
@@ -221,7 +222,7 @@ class Clean:
         files, workers = find_files(self.source, self.paths), self.workers or os.cpu_count()
         done = is_finished(self.out)
         total = clean_source(self.source, files, self.out, self.preset, models, workers, self.redo,
-                             sys.stderr.isatty(), 2**20*self.memory)
+                             sys.stderr.isatty(), 2**20*self.memory, self.executor)
         print(result_text(total, self.out, done == is_finished(self.out)))
         return 0
 

@@ -378,3 +378,28 @@ def kills(files, source, folder, workers, times, in_passes=False, seed=0):
 @pytest.mark.parametrize('source, workers, times', [('c4', 1, 3), ('documents', 2, 1)])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(raw, tmp_path, source, workers, times):
     kills(find_files(source, [raw/source]), source, tmp_path, workers, times)
+
+class Apart:
+    "An executor of a test: one task after the other, here"
+    def __init__(self): self.done = []
+
+    def __call__(self, step, files, tasks, out, is_done):
+        for rank in range(tasks): list(step(None, rank, tasks))
+        self.done += files
+        yield from files
+
+def test_on_a_cluster_it_is_the_same(tmp_path):
+    RAW['c4'](tmp_path/'raw')
+    files, apart = find_files('c4', [tmp_path/'raw']), Apart()
+    clean_source('c4', files, tmp_path/'here', models=NONE)
+    clean_source('c4', files, tmp_path/'there', models=NONE, workers=2, executor=apart)
+    assert len(apart.done) >= len(files)
+    for folder in ('here', 'there'): assert (tmp_path/folder/'finished.json').exists()
+    here, there = (sorted((tmp_path/f/'documents').iterdir()) for f in ('here', 'there'))
+    assert here and [p.read_bytes() for p in here] == [p.read_bytes() for p in there]
+
+def test_an_executor_that_there_is_not(tmp_path):
+    RAW['c4'](tmp_path/'raw')
+    with pytest.raises(UserError, match="did you mean 'slurm'"):
+        clean_source('c4', find_files('c4', [tmp_path/'raw']), tmp_path/'out', models=NONE, executor='slurn')
+    assert not (tmp_path/'out').exists()

@@ -33,7 +33,7 @@ from .documents import (Document, Report, extra_module, files_under, read_docume
                                      refuse, text_id)
 from .engine import (Job, check_inputs, claim_folder, describe, report_text, run_job,
                                   same_input)
-from .executors import in_processes
+from .executors import find_executor, in_processes
 from .github import GithubRules, clean_code, clean_copies, clean_licence, read_project
 from .ngram import PerplexityRules, clean_perplexity, load_ngrams
 from .stackexchange import (StackexchangeRules, clean_stackexchange, largest_sites,
@@ -424,7 +424,8 @@ def _phase_job(plan:Plan, i:int, answer:OnDemand|None)->Job:
     if answer: steps[0] = steps[0][0], partial(across, clean=steps[0][1], answer=answer)
     return Job(read_pass if i else plan.source.read, tuple(steps))
 
-def _run_phases(plan:Plan, inputs:dict, out:Path, workers:int, memory:int, progress:bool)->dict[str, Tally]:
+def _run_phases(plan:Plan, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
+               )->dict[str, Tally]:
     names, total, made, n = sorted(inputs), {}, {}, len(plan.phases)
     files = {f'{i:06}': str(inputs[name]) for i, name in enumerate(names)}
     for i, phase in enumerate(plan.phases):
@@ -436,7 +437,7 @@ def _run_phases(plan:Plan, inputs:dict, out:Path, workers:int, memory:int, progr
         last = i == n - 1
         folder = out if last else out/'passes'/f'{i}-documents'
         given = dict(zip(names, files.values())) if last else files
-        tallies = run_job(_phase_job(plan, i, answer), given, folder, workers, True, words)
+        tallies = run_job(_phase_job(plan, i, answer), given, folder, workers, True, words, executor)
         total['read'] = total.get('read', Tally()) + tallies.pop('read')
         total |= tallies
         made = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))['files']
@@ -501,16 +502,18 @@ def clean_source(source:str,            # one of `SOURCES`, or `documents`
                  redo:bool=False,       # throw away what another job left in the folder
                  progress:bool=False,   # bars
                  memory:int=MEMORY,     # bytes for the passes, over all workers
+                 executor='local',      # of what is done file by file: see the page on executors
                 )->dict[str, Tally]:    # by stage
     "Raw files to clean documents; what is done is skipped. Raises `UserError`, `TemporaryError`, `OSError`"
     plan, out = make_plan(source, preset, models, len(inputs)), Path(out)
+    if executor != 'local': executor = find_executor(executor)
     check_inputs(inputs)
     _check_folder(out)
     claim_folder(out, _about(plan, source, preset, inputs), _PARTS, redo, 'corpus.json')
     if found := _finished(inputs, out): return found
     for name in ('finished.json', 'manifest.json'): (out/name).unlink(missing_ok=True)
     workers = min(workers, len(inputs))
-    total = _counted(_run_phases(plan, inputs, out, workers, memory, progress))
+    total = _counted(_run_phases(plan, inputs, out, workers, memory, progress, executor))
     _finish(plan, inputs, out, total)
     return total
 

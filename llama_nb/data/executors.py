@@ -10,7 +10,7 @@ import functools, json, math, multiprocessing, os, pickle, shlex, shutil, signal
 import threading, time, traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -319,7 +319,18 @@ def _result(ray, task, name:str):
 # %% ../../nbs/7F_data.executors.ipynb #by-name
 EXECUTORS = {'slurm': Slurm, 'ray': Ray}
 
-def find_executor(executor): # a name, or one with its settings
-    "What starts the tasks. Raises `UserError` if there is none of that name"
+def find_executor(executor): # words such as `slurm` or `slurm:partition=cpu,time=8:00:00`, or an executor
+    "What starts the tasks. Raises `UserError` if there is none of that name, or no such setting"
     if not isinstance(executor, str): return executor
-    return choose(EXECUTORS, executor, 'executor')()
+    name, _, said = executor.partition(':')
+    kind = choose(EXECUTORS, name, 'executor')
+    kinds = {f.name: f.type for f in fields(kind) if f.type in (str, int, float)}
+    words = [word.partition('=') for word in said.split(',') if word]
+    return kind(**{key: _setting(name, choose(kinds, key, f'setting of {name}'), key, value)
+                   for key, _, value in words})
+
+def _setting(name:str, kind:type, key:str, value:str):
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f'{key} of {name} must be of type {kind.__name__}, not {value!r}') from None
