@@ -33,7 +33,7 @@ SEEDS = 1, 2, 3
 class Settings:
     "What is trained on what"
     documents:str='python'        # python (the standard library of this Python), or a file or folder
-    vocab:int=512                 # tokens; a small vocabulary, or the embeddings would be most of the model
+    vocab:int=1024                # tokens; a small vocabulary, or the embeddings would be most of the model
     seq:int=128                   # tokens in a sequence
     batch:int=8                   # sequences in a step
     held_out:float=.05            # share of the documents
