@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'print_shards', 'Join', 'Show',
            'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'train', 'open_run', 'newest', 'Generate',
-           'Convert', 'Plan', 'usage', 'dispatch', 'main', 'program']
+           'Convert', 'PlanCommand', 'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import os, sys
@@ -328,7 +328,7 @@ class Convert:
 
 # %% ../nbs/92_cli.ipynb #plan-command
 @dataclass(frozen=True)
-class Plan:
+class PlanCommand:
     "Compute memory, time, energy and failures of a run, and the fastest layout that fits"
     run_path:tyro.conf.Positional[str]=''  # run file (TOML); or give --model
     model:str=''                     # 7B, 13B, 33B, 65B, toy, or a TOML file with a [model] table
@@ -364,7 +364,7 @@ class Plan:
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
             'data fetch': Fetch, 'data mini': Mini, 'data join': Join, 'data show': Show, 'train': train,
-            'generate': Generate, 'convert': Convert, 'plan': Plan}
+            'generate': Generate, 'convert': Convert, 'plan': PlanCommand}
 
 def usage()->str:
     "What `llama-nb --help` prints"

@@ -349,7 +349,8 @@ def _first_words(box:str)->str:
             words.append(line)
         elif words:
             break
-    return ' '.join(words) or box.strip()
+    text = re.sub(r'(?<=\d,)\n(?=\d{3}\b)', '', '\n'.join(words))     # a long number, wrapped
+    return text.replace('\n', ' ') or box.strip()
 
 def _explain(cls, problem:str)->str:
     "A complaint about a number, with its range; our own checks need no preface"

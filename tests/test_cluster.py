@@ -8,7 +8,7 @@ import pytest
 from conftest import ENV
 from llama_nb.config import load_run
 from llama_nb.core import UserError
-from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, Job, Layout, Shape,
+from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, StepJob, Layout, Shape,
                                     collectives, job_of, job_time, matmul_seconds, published_rows, step_time,
                                     tokens_to_hide)
 from llama_nb.scale.flops import flops_per_token
@@ -40,7 +40,7 @@ def issued():
 def formula(degrees, mode, micro, passes, sequence=True):
     "{collective: (count, bytes)} by the page's formulas"
     replicate, shard, tensor = degrees
-    job = Job(SMALL, Layout(replicate, shard, tensor, sequence), 32, micro, passes, mode)
+    job = StepJob(SMALL, Layout(replicate, shard, tensor, sequence), 32, micro, passes, mode)
     counts, sizes = Counter(), Counter()
     for group in collectives(job, Cluster(A100, replicate*shard*tensor)):
         for call in group.calls:
@@ -104,7 +104,7 @@ def test_flops_are_those_of_the_page_of_flops(name):
 # --- the step -----------------------------------------------------------------------------------
 
 SHARDED = Layout(shard=8)
-def job(layout=SHARDED, micro=4, passes=1, **more): return Job(SHAPE, layout, 2048, micro, passes, **more)
+def job(layout=SHARDED, micro=4, passes=1, **more): return StepJob(SHAPE, layout, 2048, micro, passes, **more)
 def speed(job, gpu=A100, **cluster):
     return job_time(job, Cluster(gpu, job.layout.ranks, **cluster)).tokens_per_second_per_gpu
 

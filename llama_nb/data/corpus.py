@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'OnDemand', 'load_tokens', 'read_pages',
            'text_places', 'clean_equal', 'count_sites', 'keep_site', 'load_json', 'find_copies', 'load_copies',
-           'find_source', 'Plan', 'make_plan', 'source_job', 'read_pass', 'across', 'unrepeated', 'find_answer',
+           'find_source', 'Pipeline', 'make_plan', 'source_job', 'read_pass', 'across', 'unrepeated', 'find_answer',
            'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'is_finished', 'result_text']
 
 # %% ../../nbs/7E_data.corpus.ipynb #imports
@@ -268,7 +268,7 @@ def find_source(name:str)->Source:
 
 # %% ../../nbs/7E_data.corpus.ipynb #plan
 @dataclass(frozen=True)
-class Plan:
+class Pipeline:
     "The steps of a source for a preset, with settings and models"
     source:Source
     steps:tuple[tuple[Step, Callable, Callable|None], ...]  # cleaner, and what is done across documents
@@ -305,7 +305,7 @@ def _with_settings(step:Step, preset:str, model:str, n_files:int)->tuple[Step, C
 # %% ../../nbs/7E_data.corpus.ipynb #make-plan
 def make_plan(source:str, preset:str='paper', models:Models=Models(),
               n_files:int=1,        # of the input
-             )->Plan:
+             )->Pipeline:
     "What is done to a source. Raises `UserError` for what is unknown or missing"
     found, notes, steps = find_source(source), [], []
     for module in found.needs: extra_module(module, f'{found.title} needs')
@@ -317,7 +317,7 @@ def make_plan(source:str, preset:str='paper', models:Models=Models(),
             continue
         step, clean, across = _with_settings(step, preset, model, n_files)
         if not step.needless(clean.keywords.get('rules'), n_files): steps.append((step, clean, across))
-    return Plan(found, tuple(steps), tuple(notes))
+    return Pipeline(found, tuple(steps), tuple(notes))
 
 def source_job(source:str, preset:str='paper', models:Models=Models())->Job:
     "All that is done to a document by itself, without the passes across documents. Raises `UserError`"
@@ -418,13 +418,13 @@ def _words(i:int, n:int, phase:list, progress:bool)->str:
     if not progress: return ''
     return f'{i + 1}/{n} ' + ', '.join(['read'][i:] + [step.name for step, *_ in phase])
 
-def _phase_job(plan:Plan, i:int, answer:OnDemand|None)->Job:
+def _phase_job(plan:Pipeline, i:int, answer:OnDemand|None)->Job:
     "What is done to the files of a phase"
     steps = [(step.name, clean) for step, clean, _ in plan.phases[i]]
     if answer: steps[0] = steps[0][0], partial(across, clean=steps[0][1], answer=answer)
     return Job(read_pass if i else plan.source.read, tuple(steps))
 
-def _run_phases(plan:Plan, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
+def _run_phases(plan:Pipeline, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
                )->dict[str, Tally]:
     names, total, made, n = sorted(inputs), {}, {}, len(plan.phases)
     files = {f'{i:06}': str(inputs[name]) for i, name in enumerate(names)}
@@ -451,7 +451,7 @@ def _counted(total:dict[str, Tally])->dict[str, Tally]:
     n, size = first.documents, first.bytes_in
     return {**total, 'read': replace(total['read'], documents=n, kept=n, bytes_in=size, bytes_out=size)}
 
-def _finish(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
+def _finish(plan:Pipeline, inputs:dict, out:Path, total:dict[str, Tally]):
     "Write the reports, and then that everything is done"
     text = report_text(total) + ''.join(f'\nLeft out: {note}.\n' for note in plan.notes)
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))
@@ -461,7 +461,7 @@ def _finish(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
     about = {'inputs': seen, 'tallies': {name: asdict(tally) for name, tally in total.items()}}
     write_atomic(out/'finished.json', json.dumps(about, indent=1) + '\n')
 
-def _records(plan:Plan, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the raw files
+def _records(plan:Pipeline, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the raw files
     several, names = len(plan.phases) > 1, sorted(inputs)
     folder = out/'passes'/'0-documents' if several else out
     numbers = [f'{i:06}' if several else name for i, name in enumerate(names)]
@@ -480,7 +480,7 @@ def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
 _PARTS = ('finished.json', 'manifest.json', 'job.json', 'documents', 'records', 'passes', 'report.md',
           'report.html')
 
-def _about(plan:Plan, name:str, preset:str, inputs:dict)->dict: # JSON
+def _about(plan:Pipeline, name:str, preset:str, inputs:dict)->dict: # JSON
     steps = [[step.name, describe(clean), ask and describe(ask)] for step, clean, ask in plan.steps]
     return {'corpus': {'source': name, 'preset': preset}, 'files': sorted(inputs), 'steps': steps,
             'read': describe(plan.source.read), 'version': llama_nb.__version__}
@@ -567,7 +567,7 @@ def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-' or '+', 
         lines.pop()                                         # only one of the two was cut there
     return [(line[0], line[1:300]) for line in lines[:30]]
 
-def before_and_after(plan:Plan, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
+def before_and_after(plan:Pipeline, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
     "What became of a few documents of the first small file"
     made = load_json(out/'manifest.json')['files']
     for name in sorted(inputs):
@@ -622,7 +622,7 @@ _TEMPLATE = '''<!doctype html>
 '''
 
 # %% ../../nbs/7E_data.corpus.ipynb #html-report
-def html_report(plan:Plan, total:dict[str, Tally], samples:list)->str: # a page
+def html_report(plan:Pipeline, total:dict[str, Tally], samples:list)->str: # a page
     "What was kept and what was removed, for people"
     from jinja2 import Environment                          # torch needs it, so it is there
     size = max(total['read'].bytes_out, 1)

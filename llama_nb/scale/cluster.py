@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOSS_BYTES', 'Gpu', 'Cluster', 'Collective',
-           'Layout', 'Shape', 'Job', 'Constants', 'powered_flops', 'matmul_seconds', 'BlockTime', 'cheap_again',
+           'Layout', 'Shape', 'StepJob', 'Constants', 'powered_flops', 'matmul_seconds', 'BlockTime', 'cheap_again',
            'block_time', 'loss_seconds', 'compute_parts', 'Overlapped', 'call_seconds', 'exposed_seconds',
            'stream_calls', 'collectives', 'Traffic', 'StepTime', 'traffic', 'model_flops', 'job_time', 'job_of',
            'step_time', 'tokens_to_hide', 'Published', 'published_rows']
@@ -131,7 +131,7 @@ class Shape:
 REPEATED = {'none': 0., 'linear': 0., 'selective': .5, 'full': 1.}  # of a forward pass's multiplications
 
 @dataclass(frozen=True)
-class Job:
+class StepJob:
     "One optimiser step. Raises `UserError` for an unknown recompute mode or kind of kernels"
     shape:Shape
     layout:Layout
@@ -207,17 +207,17 @@ class BlockTime(NamedTuple):
     cheap:float
 
     def forward(self)->float: return sum(self)
-    def backward(self, job:Job)->float:
+    def backward(self, job:StepJob)->float:
         "Twice the multiplications, 2.5 times attention (it makes the scores again), and what is repeated"
         once, again = 2*self.linear + 2.5*self.attention + 2*self.cheap, self.linear + self.attention
         return once + job.repeated*again + cheap_again(job)*self.cheap
 
-def cheap_again(job:Job)->float:
+def cheap_again(job:StepJob)->float:
     "Share of the element-wise work that is repeated; `linear` repeats norms and gate, two thirds"
     return 2/3 if job.recompute == 'linear' else job.repeated
 
 # %% ../../nbs/81_scale.cluster.ipynb #block-seconds
-def block_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
+def block_time(job:StepJob, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
     "The forward pass of one block, of one micro-batch"
     s, n, rows = job.shape, job.layout.tensor, job.tokens
     sizes = [(s.dim, (s.dim + 2*s.kv_dim)/n), (s.dim/n, s.dim), (s.ffn_dim/n, s.dim)]
@@ -231,14 +231,14 @@ def block_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->BlockTime:
     numbers = (whole*norms + rotation)*s.dim + rotation*s.kv_dim + gate*s.ffn_dim
     return BlockTime(linear, attention, rows*numbers/n/(cluster.gpu.bandwidth*k.stream))
 
-def loss_seconds(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->float:
+def loss_seconds(job:StepJob, cluster:Cluster, k:Constants=CONSTANTS)->float:
     "Output matrix and cross-entropy of one micro-batch, forward and backward"
     s, columns, rows = job.shape, job.shape.vocab/job.layout.tensor, job.tokens
     logits = rows*columns*LOSS_BYTES[job.kernels == 'eager']/(cluster.gpu.bandwidth*k.stream)
     return 3*matmul_seconds(rows, s.dim, columns, cluster, k) + logits
 
 # %% ../../nbs/81_scale.cluster.ipynb #compute
-def compute_parts(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->dict[str, float]: # seconds of a step
+def compute_parts(job:StepJob, cluster:Cluster, k:Constants=CONSTANTS)->dict[str, float]: # seconds of a step
     "Computation of one rank: its stage of the pipeline, the slowest one"
     block, layout, s = block_time(job, cluster, k), job.layout, job.shape
     layers, again = s.layers/layout.pipeline, job.repeated
@@ -275,7 +275,7 @@ def exposed_seconds(group:Overlapped, cluster:Cluster, k:Constants=CONSTANTS)->f
     return group.times*(rest + waiting)
 
 # %% ../../nbs/81_scale.cluster.ipynb #fsdp
-def _fsdp_calls(job:Job, params:int)->tuple[Collective, Collective, Collective]:
+def _fsdp_calls(job:StepJob, params:int)->tuple[Collective, Collective, Collective]:
     "Gather, scatter and sum over replicas of a group of parameters"
     layout, n = job.layout, job.layout.tensor
     gradients = job.reduce_bytes*params/n
@@ -283,7 +283,7 @@ def _fsdp_calls(job:Job, params:int)->tuple[Collective, Collective, Collective]:
             Collective('gradients', 'reduce_scatter', gradients, layout.shard, n),
             Collective('gradients', 'all_reduce', gradients/layout.shard, layout.replicate, n*layout.shard))
 
-def _fsdp(job:Job, block:BlockTime)->list[tuple]:
+def _fsdp(job:StepJob, block:BlockTime)->list[tuple]:
     "Stages 2 and 3 of ZeRO"
     layers, passes, backward = job.shape.layers, job.passes, block.backward(job)
     gather, scatter, reduce = _fsdp_calls(job, job.shape.block_params)
@@ -297,7 +297,7 @@ def _fsdp(job:Job, block:BlockTime)->list[tuple]:
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #zero-one
-def _zero_one(job:Job, block:BlockTime, early:bool)->list[tuple]:
+def _zero_one(job:StepJob, block:BlockTime, early:bool)->list[tuple]:
     "Stage 1: one reduction of the gradients per step, and one gather of the new weights"
     layout, s, n = job.layout, job.shape, job.layout.tensor
     ranks, layers, pieces = layout.replicate*layout.shard, s.layers/layout.pipeline, 1 if early else 9
@@ -311,12 +311,12 @@ def _zero_one(job:Job, block:BlockTime, early:bool)->list[tuple]:
     return found
 
 # %% ../../nbs/81_scale.cluster.ipynb #tensor
-def stream_calls(job:Job)->tuple[float, float]: # gathers, scatters
+def stream_calls(job:StepJob)->tuple[float, float]: # gathers, scatters
     "Of the stream, per block and micro-batch"
     if job.recompute == 'linear': return 6, 4
     return 4 + 2*job.repeated, 4 + 2*job.repeated
 
-def _stream(job:Job, block:BlockTime)->list[tuple]:
+def _stream(job:StepJob, block:BlockTime)->list[tuple]:
     "Tensor parallelism; embedding and loss are worth three more of each"
     layout, size = job.layout, 2*job.tokens*job.shape.dim
     layers, behind = job.shape.layers/layout.pipeline, block.linear if layout.async_tensor else 0
@@ -327,7 +327,7 @@ def _stream(job:Job, block:BlockTime)->list[tuple]:
             for kind, times in calls.items()]
 
 # %% ../../nbs/81_scale.cluster.ipynb #collectives
-def _pipeline_and_context(job:Job, block:BlockTime)->list[tuple]:
+def _pipeline_and_context(job:StepJob, block:BlockTime)->list[tuple]:
     layout, s, n = job.layout, job.shape, job.layout.tensor
     layers = s.layers/layout.pipeline
     whole = 4*job.tokens*layout.context*s.kv_dim/n
@@ -337,7 +337,7 @@ def _pipeline_and_context(job:Job, block:BlockTime)->list[tuple]:
     return [([keys], block.attention, 3*job.passes*layers, 'context'),
             ([send], chunk, 2*job.passes*layout.virtual, 'pipeline')]
 
-def collectives(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlapped]:
+def collectives(job:StepJob, cluster:Cluster, k:Constants=CONSTANTS)->list[Overlapped]:
     "All that a rank sends in a step, with what it hides behind"
     block, found = block_time(job, cluster, k), []
     if job.layout.zero == 1: groups = _zero_one(job, block, cluster.stack == 'megatron')
@@ -384,7 +384,7 @@ def model_flops(s:Shape, seq_len:int)->tuple[float, float]: # FLOPs per token in
     "Forward and backward, matrices and attention (PaLM's convention)"
     return s.layers*(6*s.block_params + 12*s.dim*seq_len), 6*s.vocab*s.dim
 
-def job_time(job:Job, cluster:Cluster, k:Constants=CONSTANTS)->StepTime:
+def job_time(job:StepJob, cluster:Cluster, k:Constants=CONSTANTS)->StepTime:
     "The seconds of an optimiser step, by parts. Raises `UserError` where layout and cluster do not agree"
     layout = job.layout
     if layout.ranks != cluster.gpus:
@@ -411,7 +411,7 @@ def _layout_of(config:RunConfig, gpus:int)->Layout:
 def job_of(config:RunConfig,
            gpus:int,
            layout:Layout=None, # the run file's if None
-          )->Job:
+          )->StepJob:
     """The step of a run. Raises `UserError` for a layout that does not fit, a batch that it does not divide,
     recompute mode budget and float32"""
     c, t, layout = config.model, config.train, layout or _layout_of(config, gpus)
@@ -428,7 +428,8 @@ def job_of(config:RunConfig,
     last = c.dim*c.ffn_dim/shape.block_params if layout.tensor == 1 else 0
     repeated = 1 - last if t.recompute == 'full' else None
     kernels = 'eager' if t.compile == 'off' else 'compiled'
-    return Job(shape, layout, config.data.seq_len, t.micro_batch_size, passes, t.recompute, repeated, kernels)
+    return StepJob(shape, layout, config.data.seq_len, t.micro_batch_size, passes, t.recompute, repeated,
+                   kernels)
 
 # %% ../../nbs/81_scale.cluster.ipynb #step-time
 def step_time(config:RunConfig,
@@ -461,7 +462,7 @@ class Published:
     source:str
     published:float    # tokens per second per GPU
     weight:float       # in the fit
-    job:Job
+    job:StepJob
     cluster:Cluster
 
     def predict(self, constants:Constants=CONSTANTS)->float: # tokens per second per GPU
@@ -477,7 +478,7 @@ def _published(row:dict)->Published:
     layout = Layout(**ranks, async_tensor=row['async_tensor'] == '1')
     repeated = float(row['repeated']) if row['repeated'] else None
     numbers = _numbers(row, 'seq_len', 'micro_batch', 'passes', 'reduce_bytes')
-    job = Job(shape, layout, **numbers, repeated=repeated,
+    job = StepJob(shape, layout, **numbers, repeated=repeated,
               recompute=row['recompute'], kernels=row['kernels'])
     network = float(row['network_gbit'])*1e9/8
     cluster = Cluster(choose(GPUS, row['gpu'], 'GPU'), int(row['gpus']), network=network, stack=row['stack'])
