@@ -218,8 +218,9 @@ class Clean:
 
     def run(self)->int: # exit code
         from llama_nb.data.corpus import Models, clean_source, find_files, is_finished, result_text
+        from llama_nb.data.executors import cores
         models = Models(self.language_model, self.perplexity_model, self.reference_model)
-        files, workers = find_files(self.source, self.paths), self.workers or os.cpu_count()
+        files, workers = find_files(self.source, self.paths), self.workers or cores()
         done = is_finished(self.out)
         total = clean_source(self.source, files, self.out, self.preset, models, workers, self.redo,
                              sys.stderr.isatty(), 2**20*self.memory, self.executor)
@@ -237,8 +238,9 @@ class Mini:
     def __post_init__(self): check_fields(self)
 
     def run(self)->int: # exit code
+        from llama_nb.data.executors import cores
         from llama_nb.data.mini import MiniSettings, build_mini, describe_corpus
-        workers = self.workers or os.cpu_count() or 1
+        workers = self.workers or cores()
         mixture = build_mini(self.out, MiniSettings(self.megabytes), workers)
         print('\n' + describe_corpus(Path(self.out), mixture))
         return 0

@@ -7,7 +7,7 @@ __all__ = ['PROMPTS', 'zlib_bits_per_byte', 'Trigram', 'look_up', 'trigram_bits_
            'prepare_mini', 'source_nats', 'write_samples', 'toy', 'summary']
 
 # %% ../nbs/34_toy.ipynb #imports
-import json, os, zlib
+import json, zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +127,11 @@ def mini_config(config:RunConfig # as from `toy_config`
 
 def prepare_mini(out, vocab_size:int, report=print)->tuple[Tokenizer, float]: # as `prepare`
     "Build the mini corpus beside the run's folder, if it is not there"
+    from llama_nb.data.executors import cores
     from llama_nb.data.mini import MiniSettings, build_mini, held_out_documents
     folder = Path(out).parent/'mini'
     if not (folder/'README.md').exists():
-        build_mini(folder, MiniSettings(vocab_size=vocab_size), os.cpu_count() or 1, report)
+        build_mini(folder, MiniSettings(vocab_size=vocab_size), cores(), report)
     mixture = Mixture(folder/'mixture.toml')
     report(f'text       {len(mixture.sources)} sources, {mixture.n_documents:,} documents, '
            f'{mixture.n_bytes/1e6:.1f} MB; {folder}/README.md says what is real')

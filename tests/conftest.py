@@ -10,6 +10,13 @@ def variant(*values):
     "A case of `parametrize` that `make test` leaves to `make torture`, since others like it are tried"
     return pytest.param(*values, marks=pytest.mark.variant)
 
+def ask(worker, *arguments, timeout=600):
+    "What a program beside the tests answers to arguments, both as JSON, in a process of its own"
+    command = [sys.executable, str(ROOT/'tests'/worker), *map(json.dumps, arguments)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
 def load_tool(name:str):
     "A program of tools/ as a module"
     if str(ROOT/'tools') not in sys.path: sys.path.insert(0, str(ROOT/'tools'))

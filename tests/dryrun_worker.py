@@ -54,4 +54,6 @@ def file(path, settings, world_size): return forked(load_run(path, settings), wo
 
 def ranks(case, ranks): return [forked(small(*case), rank=rank) for rank in ranks]
 
-if __name__ == '__main__': print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
+if __name__ == '__main__':
+    name, arguments = map(json.loads, sys.argv[1:])
+    print(json.dumps(globals()[name](*arguments)))

@@ -136,4 +136,6 @@ def peak(path, ranks, settings):
     transformer.check_tokens = lambda *_: None  # looks at numbers, and there are none
     with FakeTensorMode(allow_non_fake_inputs=True): return one_step(load_run(path, settings), ranks)
 
-if __name__ == '__main__': print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
+if __name__ == '__main__':
+    name, arguments = map(json.loads, sys.argv[1:])
+    print(json.dumps(globals()[name](*arguments)))

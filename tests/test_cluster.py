@@ -1,11 +1,11 @@
 "Traffic is what the trainer sends; the model of time keeps its promises; mistakes are one line."
-import csv, json, math, subprocess, sys
+import csv, math
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 import pytest
-from conftest import ENV
+from conftest import ask
 from llama_nb.config import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, StepJob, Layout, Shape,
@@ -23,7 +23,6 @@ def eager(name, *settings): return run_of(name, '--train.compile', 'off', *setti
 
 # --- bytes: the collectives of the real model ---------------------------------------------------
 
-WORKER = Path(__file__).with_name('cluster_worker.py')
 SMALL = Shape(64, 5, 4, 4, 192, 256)               # cluster_worker.MODEL
 CASES = [((1, 4, 1), 'none', 2, 1), ((1, 4, 1), 'full', 2, 3), ((2, 4, 1), 'linear', 2, 2),
          ((1, 1, 4), 'none', 2, 1), ((1, 1, 4), 'linear', 2, 2), ((1, 1, 4), 'full', 2, 1),
@@ -32,10 +31,7 @@ CASES = [((1, 4, 1), 'none', 2, 1), ((1, 4, 1), 'full', 2, 3), ((2, 4, 1), 'line
 
 @pytest.fixture(scope='module')
 def issued():
-    run = [sys.executable, WORKER, json.dumps(CASES)]
-    done = subprocess.run(run, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return ask('cluster_worker.py', CASES, timeout=120)
 
 def formula(degrees, mode, micro, passes, sequence=True):
     "{collective: (count, bytes)} by the page's formulas"

@@ -7,7 +7,7 @@ import pytest
 from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import TemporaryError, UserError, is_temporary
-from llama_nb.data import tokenize
+from llama_nb.data import executors, tokenize
 from llama_nb.data.documents import (Document, is_held_out, read_documents, split_documents, topic_documents,
                                      write_jsonl)
 from llama_nb.data.engine import Job, run_job
@@ -467,7 +467,7 @@ def test_data_show_prints_where_a_sequence_comes_from(texts, tokenizer, run_file
 
 def test_data_uses_all_cores_unless_told(tmp_path, texts, tokenizer, capsys, monkeypatch):
     args, asked = ['--tokenizer', str(tokenizer.path), '--documents', str(texts)], []
-    monkeypatch.setattr(tokenize, '_cores', lambda: asked.append('cores') or 1)
+    monkeypatch.setattr(tokenize, 'cores', lambda: asked.append('cores') or 1)
     assert main(['data', str(tmp_path/'all'), *args]) == 0 and asked == ['cores']
     said = capsys.readouterr().out
     assert main(['data', str(tmp_path/'one'), *args, '--workers', '1']) == 0 and asked == ['cores']
@@ -479,6 +479,6 @@ def test_a_lost_worker_is_temporary(texts, tokenizer, tmp_path, monkeypatch):
     def dies(*args, **kwargs):
         raise TemporaryError('a worker was killed')
         yield
-    monkeypatch.setattr(tokenize, 'in_processes', dies)
+    monkeypatch.setattr(executors, 'in_processes', dies)
     with pytest.raises(TemporaryError) as e: tokenise(texts, tokenizer, tmp_path/'out', .1, LIMIT, 2, 3000)
     assert is_temporary(e.value)

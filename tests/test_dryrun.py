@@ -1,8 +1,8 @@
 "The dry run agrees with the closed forms in every layout; its collectives, its mistakes, its command."
-import json, os, subprocess, sys
+import os
 from pathlib import Path
 import pytest
-from conftest import ENV, variant
+from conftest import ask, variant
 from llama_nb.config import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.dryrun import _take, dry_run_command, ranks_of
@@ -10,15 +10,9 @@ from llama_nb.scale.memory import buffer_bytes
 from dryrun_worker import MODEL, small
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
-WORKER = Path(__file__).with_name('dryrun_worker.py')
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='dry runs of many layouts fork')
 
-def worker(name, *arguments, timeout=600):
-    "What a function of dryrun_worker.py returns in a process of its own"
-    done = subprocess.run([sys.executable, WORKER, name, json.dumps(arguments)], env=ENV, capture_output=True,
-                          text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def worker(name, *arguments, **options): return ask('dryrun_worker.py', name, arguments, **options)
 
 # --- agreement with the closed forms ------------------------------------------------------------
 

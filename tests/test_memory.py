@@ -1,19 +1,12 @@
 "Memory is what we say: what blocks keep; and a judge of the dry run."
-import json, subprocess, sys
+import subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import ENV
+from conftest import ENV, ask
 from llama_nb.config import load_run
 from llama_nb.scale.dryrun import dry_run
 
-WORKER = Path(__file__).with_name('memory_worker.py')
-
-def worker(name, *arguments, timeout=600):
-    "What a function of memory_worker.py returns in a process of its own"
-    done = subprocess.run([sys.executable, WORKER, name, json.dumps(arguments)], env=ENV, capture_output=True,
-                          text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def worker(name, *arguments, **options): return ask('memory_worker.py', name, arguments, **options)
 
 # --- what blocks keep where ranks share the products --------------------------------------------
 

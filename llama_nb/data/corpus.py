@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'On
            'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'is_finished', 'result_text']
 
 # %% ../../nbs/7E_data.corpus.ipynb #imports
-import difflib, glob, json, os, re, shutil
+import difflib, glob, json, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -33,14 +33,14 @@ from .documents import (Document, Report, extra_module, files_under, read_docume
                                      refuse, text_id)
 from .engine import (Job, check_inputs, claim_folder, describe, report_text, run_job,
                                   same_input)
-from .executors import find_executor, in_processes
+from .executors import LOCAL, find_executor, spread
 from .github import GithubRules, clean_code, clean_copies, clean_licence, read_project
 from .ngram import PerplexityRules, clean_perplexity, load_ngrams
 from .stackexchange import (StackexchangeRules, clean_stackexchange, largest_sites,
                                          read_stackexchange)
 from .stage import Decision, Tally, choice, judge
 from .wikipedia import WikipediaRules, clean_wikipedia, read_wikipedia
-from ..files import file_digest, write_atomic
+from ..files import file_digest, remove, write_atomic
 
 # %% ../../nbs/7E_data.corpus.ipynb #step
 def _always(preset:str)->bool: return True
@@ -363,17 +363,14 @@ def _collect(collect:Callable, paths:list[str], folder:Path, memory:int):
 
 def _all_done(work:Callable, tasks:list[tuple], workers:int, words:str):
     "Do the tasks, and show how far they are"
-    several = workers > 1 and len(tasks) > 1
-    done = in_processes(work, tasks, workers) if several else (work(*task) for task in tasks)
+    done = spread(work, tasks, workers)
     for _ in tqdm(done, words, len(tasks), unit='task', disable=not words):
         pass
 
 def _sweep(folder:Path, *patterns:str):
     "Remove what is not needed any more, or was left by a process that was killed"
     for pattern in patterns:
-        for path in folder.glob(pattern):
-            remove = shutil.rmtree if path.is_dir() else os.unlink
-            remove(path)
+        for path in folder.glob(pattern): remove(path)
 
 # %% ../../nbs/7E_data.corpus.ipynb #find-answer
 def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
@@ -502,11 +499,11 @@ def clean_source(source:str,            # one of `SOURCES`, or `documents`
                  redo:bool=False,       # throw away what another job left in the folder
                  progress:bool=False,   # bars
                  memory:int=MEMORY,     # bytes for the passes, over all workers
-                 executor='local',      # of what is done file by file: see the page on executors
+                 executor=LOCAL,        # of what is done file by file: see the page on executors
                 )->dict[str, Tally]:    # by stage
     "Raw files to clean documents; what is done is skipped. Raises `UserError`, `TemporaryError`, `OSError`"
     plan, out = make_plan(source, preset, models, len(inputs)), Path(out)
-    if executor != 'local': executor = find_executor(executor)
+    executor = find_executor(executor)
     check_inputs(inputs)
     _check_folder(out)
     claim_folder(out, _about(plan, source, preset, inputs), _PARTS, redo, 'corpus.json')

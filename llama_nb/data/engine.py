@@ -7,7 +7,7 @@ __all__ = ['Job', 'run_documents', 'describe', 'job_description', 'is_address', 
            'same_input', 'check_inputs', 'claim_folder', 'run_job', 'run_share', 'report_text', 'summary']
 
 # %% ../../nbs/71_data.engine.ipynb #imports
-import errno, functools, inspect, json, os, shutil
+import functools, inspect, json, os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 import llama_nb
 from ..core import TemporaryError, UserError
 from .documents import Document, Report, write_jsonl
-from .executors import find_executor, in_processes, sigterm_raises
+from .executors import LOCAL, find_executor, in_processes, sigterm_raises
 from .stage import Cleaner, Stage, Tally, tally_table
-from ..files import bytes_digest, file_digest, write_atomic
+from ..files import DISK_FULL, bytes_digest, file_digest, remove, write_atomic
 
 # %% ../../nbs/71_data.engine.ipynb #job
 @dataclass(frozen=True)
@@ -96,15 +96,13 @@ def _ask(address:str)->dict: # of fsspec
 def output_and_record(out, name:str)->tuple[Path, Path]: # where they stand in the folder of a job
     return Path(out)/'documents'/f'{name}.jsonl.zst', Path(out)/'records'/f'{name}.json'
 
-_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-
 @contextmanager
 def _naming_a_full_disk(out):
     "A full disk, a used up quota or too large a file becomes a `TemporaryError` that says where"
     try:
         yield
     except OSError as e:
-        if e.errno not in _FULL: raise
+        if e.errno not in DISK_FULL: raise
         raise TemporaryError(f'cannot write to {out}: {e.strerror}; make room, and the same command goes on '
                              'with the files that are left') from None
 
@@ -149,10 +147,11 @@ def _is_done(path:str, name:str, out, digest:str, now:dict)->bool: # now: the fi
 def same_input(path:str,
                seen:dict,                  # its fingerprint when it was read, and perhaps `sha256`
                now:dict|None=None,         # its fingerprint, if that is known
+               digest:Callable=file_digest, # path -> SHA-256 of what was read
               )->bool:
     "Whether an input is what a record saw"
     if {k: v for k, v in seen.items() if k != 'sha256'} == (now or fingerprint(path)): return True
-    return 'sha256' in seen and seen['sha256'] == file_digest(path)    # touched, perhaps, and the same
+    return 'sha256' in seen and seen['sha256'] == digest(path)         # touched, perhaps, and the same
 
 # %% ../../nbs/71_data.engine.ipynb #folder
 def _differences(a, b, path='')->list[str]:
@@ -194,20 +193,18 @@ def claim_folder(out:Path,
             found = _differences(json.loads(there), about)
             raise UserError(f'{out} holds the result of another job ({"; ".join(found[:3])}); '
                             'choose another folder, or redo it')
-        for part in results:
-            remove = shutil.rmtree if (out/part).is_dir() else os.unlink
-            if (out/part).exists(): remove(out/part)
+        for part in results: remove(out/part)
     if there != text: write_atomic(place, text)
     return bytes_digest(text.encode())
 
 # %% ../../nbs/71_data.engine.ipynb #run-job
 def _start(executor, job:Job, inputs:dict[str, str], out:Path, digest:str, todo:list[str], workers:int):
     "Yield the names of files as they are done"
-    if executor == 'local':
+    if executor == LOCAL:
         work, items = functools.partial(run_file, job), [(str(inputs[n]), n, out, digest) for n in todo]
         return in_processes(work, items, workers) if workers > 1 else (work(*item) for item in items)
     def is_done(name): return output_and_record(out, name)[1].exists()
-    return find_executor(executor)(run_share(job, inputs, out, todo), todo, workers, out, is_done)
+    return executor(run_share(job, inputs, out, todo), todo, workers, out, is_done)
 
 def run_job(job:Job,
             inputs:dict[str, str],      # name -> path or address; the name is that of the output
@@ -215,12 +212,12 @@ def run_job(job:Job,
             workers:int=1,              # processes, or tasks of a cluster
             redo:bool=False,            # throw away what another job left in the folder
             progress:bool|str=False,    # a bar, and a summary at the end; or a bar after these words
-            executor='local',           # or slurm, ray, or one of `llama_nb.data.executors` with its settings
+            executor=LOCAL,             # or slurm, ray, or one of `llama_nb.data.executors` with its settings
            )->dict[str, Tally]:         # by stage, over all files
     """Run a job over files; what is done is skipped. The account lands in `report.md` and `manifest.json`.
 
     Raises `UserError` where the folder is another job's, `TemporaryError` if it may go on later"""
-    now = check_inputs(inputs)
+    now, executor = check_inputs(inputs), find_executor(executor)
     out, names = Path(out), sorted(inputs)
     with _naming_a_full_disk(out), sigterm_raises():
         digest = _claim(out, job, names, redo)

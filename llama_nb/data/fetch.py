@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 import llama_nb
 from ..core import TemporaryError, UserError, choose, is_temporary
 from .documents import extra_module
-from ..files import fsync_file, fsync_folder, write_atomic
+from ..files import file_digest, fsync_file, fsync_folder, held, write_atomic
 
 # %% ../../nbs/7H_data.fetch.ipynb #remote
 @dataclass(frozen=True)
@@ -540,7 +540,7 @@ class Account:
         row = self.files.get(name)
         if not row or row.get('address') != remote.address or not path.is_file(): return False
         same = path.stat().st_size == row.get('bytes')
-        return same and _digests(path, {'sha256'})['sha256'] == row.get('sha256')
+        return same and file_digest(path) == row.get('sha256')
 
     def add(self, name:str, row:dict):
         self.files[name] = row
@@ -554,15 +554,10 @@ class Account:
 def _alone(folder:Path):
     "Keep other fetches out of `folder`. Raises `UserError`"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'lock', 'a') as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another fetch works in {folder.parent}; '
-                            'wait for it or choose another folder') from None
-        except (ImportError, OSError):                      # a system or a disk without locks
-            pass
+    (folder/'lock').touch()
+    with held(folder/'lock') as ours:
+        if not ours:
+            raise UserError(f'another fetch works in {folder.parent}; wait for it or choose another folder')
         yield
 
 def fetch_source(name:str,          # of `SOURCES`

@@ -9,7 +9,7 @@ __all__ = ['MiniSettings', 'build_raw', 'origins', 'clean', 'clean_documents', '
            'describe_corpus', 'build_mini']
 
 # %% ../../nbs/7K_data.mini.ipynb #imports
-import json, re, shutil, tempfile, time
+import json, re, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .classify import (LANGUAGE_MODEL, FastTextRules, ReferenceRules, reference_
 from .corpus import SOURCES, Models, clean_source, find_files
 from .documents import Document, is_held_out, read_documents
 from .dress import BUILDERS, Origin
-from .executors import in_processes
+from .executors import spread
 from .found import mixed
 from .mixture import TABLE_1, Mixture, source_table, write_mixture
 from .ngram import (NgramRules, fit_cutoffs, load_ngrams, normalise, perplexity, sentences_of,
@@ -29,7 +29,7 @@ from .ngram import (NgramRules, fit_cutoffs, load_ngrams, normalise, perplexity,
 from .shards import TokenShards, write_shards
 from .tokenizer import Tokenizer, train_tokenizer
 from .wikipedia import read_wikipedia
-from ..files import publish_folder, write_atomic
+from ..files import publishing, remove, write_atomic
 
 # %% ../../nbs/7K_data.mini.ipynb #sizes
 _SHARES = {'commoncrawl': 44, 'c4': 12, 'github': 12, 'wikipedia': 10, 'books': 8, 'arxiv': 7,
@@ -54,26 +54,17 @@ def build_raw(out:Path, source:str, size:int):
     "The raw files of a source with their origins, if they are not there yet"
     folder = out/'raw'/source
     if folder.exists(): return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.tmp-{source}-'))
-    try:
+    with publishing(folder) as building:
         origins = [origin._asdict() for origin in BUILDERS[source](building, size)]
         (building/'origins.toml').write_text(tomli_w.dumps({'origin': origins}), encoding='utf-8')
-        building.chmod(0o755)
-        publish_folder(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 def origins(out, source:str)->list[Origin]:
     "What a source was made of"
     return [Origin(**row) for row in read_toml(Path(out)/'raw'/source/'origins.toml')['origin']]
 
 def _each(work:Callable, tasks:list[tuple], workers:int):
-    "Do the tasks, in processes if there are several workers"
-    if workers > 1 and len(tasks) > 1:
-        for _ in in_processes(work, tasks, workers): pass
-    else:
-        for task in tasks: work(*task)
+    "Do the tasks"
+    for _ in spread(work, tasks, workers): pass
 
 # %% ../../nbs/7K_data.mini.ipynb #clean
 def clean(out:Path, source:str, models:Models|None=None):
@@ -293,11 +284,7 @@ def _claim(out:Path, settings:MiniSettings):
 
 def _sweep(out:Path):
     "Remove what killed processes left under temporary names"
-    for left in [*out.rglob('.tmp-*'), *out.rglob('.*.tmp')]:
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    for left in [*out.rglob('.tmp-*'), *out.rglob('.*.tmp')]: remove(left)
 
 def build_mini(out,
                settings:MiniSettings=MiniSettings(),

@@ -19,21 +19,18 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import sentencepiece
 from tqdm.auto import tqdm
-try:
-    import fcntl
-except ImportError:                                 # Windows
-    fcntl = None
 import llama_nb
 from ..core import TemporaryError, UserError
 from .documents import (Document, Report, check_fraction, check_sides, is_held_out, open_raw,
                                      open_stream, read_stream, reporting, text_files)
-from .engine import claim_folder, describe, fingerprint
-from .executors import in_processes
-from .shards import (DISK_FULL, TokenShards, document_tokens, shard_metadata, token_dtype,
+from .engine import claim_folder, describe, fingerprint, same_input
+from .executors import cores, spread
+from .shards import (TokenShards, document_tokens, shard_metadata, token_dtype,
                                   write_manifest)
 from .stage import Tally
 from .tokenizer import Tokenizer
-from ..files import file_digest, fsync_file, publish_folder, replacing, write_atomic
+from ..files import (DISK_FULL, file_digest, fsync_file, held, publish_folder, publishing, remove,
+                            replacing, write_atomic)
 
 # %% ../../nbs/7G_data.tokenize.ipynb #work-units
 UNIT_BYTES = 2**25
@@ -238,9 +235,8 @@ def tokenise_unit(job:TokenJob, unit:list[Piece], out:Path, number:int, digest:s
 def _same_input(piece:Piece, found:dict)->bool:
     "Whether a piece is what was read"
     if [piece.name, piece.start, piece.stop] != [found[k] for k in ('name', 'start', 'stop')]: return False
-    now = fingerprint(piece.path)
-    if {k: found[k] for k in now} == now: return True
-    return found['sha256'] == _digest(piece)                      # touched, perhaps, and the same
+    seen = {k: v for k, v in found.items() if k not in ('name', 'start', 'stop')}
+    return same_input(piece.path, seen, digest=lambda path: _digest(piece))
 
 def _is_done(out:Path, number:int, unit:list[Piece], digest:str, packed:bool)->bool:
     "Whether a unit has a record of this job and this input, and a part unless that was `packed`"
@@ -388,11 +384,7 @@ def _bar(what:str, total:int, start:int, shown:bool):
 def _round(work:Callable, items:list, workers:int, bar)->Iterator:
     "Call `work(*item)` in processes, or here"
     with bar as counter:
-        if workers > 1 and len(items) > 1:
-            prepare = functools.partial(_count_with, counter)
-            yield from in_processes(work, items, min(workers, len(items)), prepare)
-        else:
-            for item in items: yield work(*item)
+        yield from spread(work, items, workers, functools.partial(_count_with, counter))
 
 # %% ../../nbs/7G_data.tokenize.ipynb #make-parts
 def _make_parts(job:TokenJob, out:Path, units:list, digest:str, workers:int, progress:bool):
@@ -415,9 +407,7 @@ def _make_parts(job:TokenJob, out:Path, units:list, digest:str, workers:int, pro
 # %% ../../nbs/7G_data.tokenize.ipynb #plan
 def _forget(out:Path, names:Iterable[str]):
     "Remove what is in the work folder under these names"
-    for path in (out/'work'/name for name in names):
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
+    for name in names: remove(out/'work'/name)
 
 def _plan(job:TokenJob, out:Path, n_units:int)->dict: # side -> its shards, as in `_cut`
     "Which documents stand in which shard. Raises `UserError` if a side has none; then nothing stays"
@@ -484,7 +474,7 @@ def tokenise(documents,                      # a folder or a file, or [(name, pa
     out, files = Path(out), documents if isinstance(documents, list) else input_files(documents)
     job = TokenJob(str(tokenizer.path), tokenizer.digest, tokenizer.vocab_size, held_out, tokens_per_shard,
                    unit_bytes)
-    units, workers = work_units(files, unit_bytes), workers or _cores()
+    units, workers = work_units(files, unit_bytes), workers or cores()
     if not units: raise UserError('there are no files to tokenise')
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
@@ -510,24 +500,9 @@ def _work(job:TokenJob, out:Path, units:list, digest:str, workers:int, progress:
 @contextmanager
 def _alone(folder:Path):
     "Hold a folder while one works in it. Raises `TemporaryError` if another program does"
-    fd = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl: _lock(fd, folder)
+    with held(folder) as ours:
+        if not ours: raise TemporaryError(f'another program is at work in {folder}; wait for its end')
         yield
-    finally:
-        if fcntl: os.close(fd)
-
-def _lock(fd:int, folder:Path):
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise TemporaryError(f'another program is at work in {folder}; wait for its end') from None
-    except OSError:
-        pass                                        # a file system without locks
-
-def _cores()->int:
-    "Cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def _claim(out:Path, job:TokenJob, files:list, redo:bool)->str: # digest of the job
     "Take the folder for this job. Raises `UserError` if it is another's"
@@ -669,16 +644,9 @@ def join_shards(folders:list, # of token shards, in the order that the tokens sh
 # %% ../../nbs/7G_data.tokenize.ipynb #publish-joined
 def _publish_joined(out:Path, tokenizer:Tokenizer, limit:int, shards:list, files:dict, told:dict):
     "The folder of the joined shards: manifest and tokenizer"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.tmp-{out.name}-'))
-    try:
+    with publishing(out) as building:
         shutil.copyfile(tokenizer.path, building/'tokenizer.model')
         write_manifest(building, tokenizer, limit, shards, files, provenance=told)
-        building.chmod(0o755)
-        publish_folder(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 # %% ../../nbs/7G_data.tokenize.ipynb #join-data
 def join_data(folders:list, # each with `train` and `held_out`

@@ -27,6 +27,7 @@ from ..model import kernels, transformer
 from ..parallel.mesh import make_mesh
 from ..private import COLLECTIVES, OperatorMode
 from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tensors, group_name
+from .layout import USABLE
 from .memory import compiler_saves, memory_per_rank
 from ..train import trainer
 from ..train.optim import make_optimizer
@@ -412,13 +413,11 @@ def _collective_lines(run:DryRun, most:int=4)->list[str]:
         lines.append(f'  {row["name"]:14} {row["axis"]:10}{row["count"]:6}{sizes}')
     return ['collectives of a step        calls       GB     sent', *lines]
 
-_USABLE = .9                                                  # of a GPU's memory; the rest is not tensors
-
 def _fits_line(run:DryRun, gpu_bytes:float)->str:
     share = run.peak/gpu_bytes
-    verdict = 'fits' if share <= _USABLE else 'does not fit'
+    verdict = 'fits' if share <= USABLE else 'does not fit'
     used = f'{run.peak/1e9:.1f} of {gpu_bytes/1e9:.0f} GB, {share:.0%}'
-    return f'{verdict:11} {used}; {_USABLE:.0%} can be used'
+    return f'{verdict:11} {used}; {USABLE:.0%} can be used'
 
 # %% ../../nbs/82_scale.dryrun.ipynb #command
 def dry_run_command(args:list[str])->int: # exit code
@@ -433,7 +432,7 @@ def dry_run_command(args:list[str])->int: # exit code
     print(_data_line(config))
     if not gpus and not config.parallel.shard:
         print(f'GPUs        the run file leaves their number open (parallel.shard 0): done for {run.ranks}')
-    if memory and run.peak > _USABLE*1e9*memory:
+    if memory and run.peak > USABLE*1e9*memory:
         raise UserError(f'{run.peak/1e9:.1f} GB do not fit a GPU of {memory:g} GB; lower '
                         'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
     return 0
