@@ -34,14 +34,17 @@ PARTS = {
     'sync':        Part('steps in which the host may not wait for the device; a skipped step', 120,
                         'gpu_parts:sync'),
     'parity':      Part('gradients against float32 on the CPU', 120, 'gpu_parts:parity'),
-    'step':        Part('a training step of 1.3B parameters beside transformers', 360, 'gpu_step:step'),
+    'step':        Part('a training step of 1.3B parameters beside transformers', 230, 'gpu_step:step'),
     'step_7B':     Part('a training step of 7B, or of as many of its layers as fit', 240, 'gpu_step:step_7B'),
-    'profile':     Part('where the time of a step goes', 90, 'gpu_step:profile'),
+    'profile':     Part('where the time of a step goes', 60, 'gpu_step:profile'),
     'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90,
                         'gpu_parts:memory'),
     'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180,
                         'gpu_runs:nccl'),
-    'documents':   Part('packing with document masking against packing without', 150, 'gpu_runs:documents'),
+    'layouts':     Part('FSDP, HSDP and tensor parallelism over NCCL with one rank', 120,
+                        'gpu_runs:layouts'),
+    'kernels':     Part('attention and the loss by themselves', 90, 'gpu_kernels:kernels'),
+    'documents':   Part('packing with document masking against packing without', 120, 'gpu_runs:documents'),
 }
 
 # --- inside a part --------------------------------------------------------------------------------

@@ -1,15 +1,22 @@
 """Parts of gpu.py that are whole runs: one rank on NCCL, saving, stopping, a rank that raises; and what
 document masking costs."""
 import itertools, json, multiprocessing, os, re, signal, socket, statistics, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from llama_nb.config import ModelConfig, dump_run
 from llama_nb.data.shards import TokenShards
+from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.processes import stop_ranks
 from llama_nb.train import trainer as loop
 from llama_nb.train.checkpoint import list_checkpoints, load_checkpoint
-from gpu_parts import DOCUMENTS, MINI, SMALL, backends, device, first_line, free, run_config, trainer, wait
+from llama_nb.train.optim import make_optimizer
+from llama_nb.train.run import build_model
+from gpu_parts import (DOCUMENTS, MINI, SMALL, backends, device, first_line, free, no_synchronisation,
+                       run_config, trainer, wait)
 
 HERE = Path(__file__).resolve().parent
 WIDE = ModelConfig(2048, 2, 16, vocab_size=2048)
@@ -137,21 +144,18 @@ def resumes(desk, name:str, repeats:bool=False, **settings):
     """A run that SIGUSR1 stops and that goes on ends as an undisturbed one, bit for bit; with `repeats` if
     two of those do"""
     settings = {'steps': 400 if desk.gpu else 30, **settings}
-    whole = write_run(desk, **settings)
+    (whole, kept), (again, other), (cut, out) = (write_run(desk, **settings) for _ in range(3))
     def train(path): return finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
-    said = train(whole[0])
-    if not list_checkpoints(whole[1]/'checkpoints'):
-        desk.row('resumed bit for bit', name, False, why=said[-300:])
+    with ThreadPoolExecutor() as together:
+        said, stopped = together.submit(train, whole), together.submit(stop_in_the_middle, desk, cut, out)
+        if repeats: together.submit(train, again)
+    if not list_checkpoints(kept/'checkpoints'):
+        desk.row('resumed bit for bit', name, False, why=said.result()[-300:])
         return
-    twice = True
-    if repeats:
-        again = write_run(desk, **settings)
-        train(again[0])
-        twice = equal(what_came(again[1]), what_came(whole[1]))
-    path, out = write_run(desk, **settings)
-    stopped = re.search(r'stopped after step (\d+)', stop_in_the_middle(desk, path, out))
-    train(path)
-    same = equal(what_came(out), what_came(whole[1]))
+    twice = not repeats or equal(what_came(other), what_came(kept))
+    stopped = re.search(r'stopped after step (\d+)', stopped.result())
+    train(cut)
+    same = equal(what_came(out), what_came(kept))
     desk.row('resumed bit for bit', name, bool(stopped) and same if twice else None,
              stopped_after=stopped and int(stopped[1]), of=settings['steps'], same=same,
              undisturbed_runs_repeat=twice if repeats else None)
@@ -178,6 +182,53 @@ def broken_run(path:str):
         return whole(run)
     loop.train_step, sys.argv = train_step, ['llama-nb', 'train', path]
     program()
+
+# --- layouts of many ranks, with one --------------------------------------------------------------
+
+LAYOUTS = {'FSDP': {'shard'}, 'HSDP': {'replicate', 'shard'}, 'tensor': {'tensor'},
+           'HSDP and tensor': {'replicate', 'shard', 'tensor'}}
+APPLYING = {'apply_data_parallel', 'apply_tensor_parallel'}
+
+@contextmanager
+def groups_of_one(shared:set):
+    """`apply_data_parallel` and `apply_tensor_parallel` leave a group of one rank alone. Here they take those
+    of the `shared` dimensions for two, so that everything is wrapped and every collective is called"""
+    whole = DeviceMesh.size
+    def size(mesh, mesh_dim=None):
+        asked_by = sys._getframe(1).f_code.co_name
+        return 2 if asked_by in APPLYING and shared & {*mesh.mesh_dim_names} else whole(mesh, mesh_dim)
+    with patch.object(DeviceMesh, 'size', size): yield
+
+def layouts(desk):
+    "The code of many ranks over NCCL, each group being this one rank: losses as without it, no waiting"
+    with one_rank():
+        for compiled in ('off', *['blocks']*desk.gpu):
+            plain = trainer(desk, SMALL[desk.form], recompute='linear', compile=compiled)
+            right = [loop.train_step(plain) for _ in range(4)]
+            for name, shared in LAYOUTS.items():
+                in_layout(desk, name + ', compiled'*(compiled == 'blocks'), shared, compiled, right)
+            plain.batches = None
+    if not desk.gpu: desk.skip('compiled layouts', 'minutes of compiling on a CPU')
+
+# bfloat16 of the weights is the same with and without; sums in another order, 2^-8 a rounding
+NEAR = .01
+
+def in_layout(desk, name:str, shared:set, compiled:str, right:list[dict]):
+    run = trainer(desk, SMALL[desk.form], recompute='linear', compile=compiled)
+    try:
+        run.mesh = make_mesh((1, 1, 1), run.device.type)
+        with groups_of_one(shared): run.model = build_model(run.config, run.device, run.mesh)
+        run.optimizer = make_optimizer(run.model, run.config.optim)
+        got = [loop.train_step(run) for _ in range(4)]
+    except Exception as e:
+        desk.row('layouts of many ranks', name, False, why=first_line(e))
+        return
+    far = {k: max(abs(a[k].item()/b[k].item() - 1) for a, b in zip(got, right))
+           for k in ('loss', 'grad_norm')}
+    wrapped = sum(type(p).__name__ == 'DTensor' for p in run.model.parameters())
+    desk.row('layouts of many ranks', name, wrapped > 0 and max(far.values()) < NEAR, **far, wrapped=wrapped)
+    if desk.gpu: no_synchronisation(desk, run, name)
+    run.batches = None
 
 # --- document masking -----------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from llama_nb.model.transformer import LLaMA
 from llama_nb.scale.flops import device_peak, hfu, linear_shapes, measure_matmul_peak, mfu
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
 from llama_nb.train.recompute import apply_recompute
+from llama_nb.train.run import compile_model
 from llama_nb.train.trainer import accumulate
 from gpu_parts import backends, bare_model, device, first_line, formula_bytes, free, wait
 
@@ -67,7 +68,7 @@ def ours(base:LLaMA, who:Contestant, dtype):
     pick_backend(who.attention, base.norm.weight.device, dtype, base.config.head_dim)
     for layer in model.layers: layer.attention.backend = who.attention
     apply_recompute(model, who.recompute)
-    for layer in model.layers if who.compiled else (): layer.compile(fullgraph=True)
+    if who.compiled: compile_model(model)
     return lambda x, y: accumulate(model, x, y, who.micro, dtype)
 
 def theirs(base:LLaMA, who:Contestant, dtype):
@@ -210,10 +211,10 @@ def peak_of(desk, config:ModelConfig, batch:int, dtype):
                                turns=3)
 
 def formula_gb(c:ModelConfig, who:Contestant, batch:int)->float|None:
-    "What the package says that this takes, in eager blocks"
+    "What the package says that this takes"
     if who.code != 'llama_nb': return None
     train = TrainConfig(steps=100, micro_batch_size=who.micro, dtype='bfloat16', recompute=who.recompute,
-                        compile='blocks' if who.recompute == 'budget' else 'off')
+                        compile=who.compiled or 'off')
     size = formula_bytes(RunConfig('-', c, DataConfig('-', seq_len=c.max_seq_len, batch_size=batch), train,
                                    OptimConfig(warmup_steps=1)))
     return size and size/1e9
@@ -237,6 +238,10 @@ def flash()->list[str]:
     import importlib.util
     return ['sdpa', *['flash_attention_2']*(importlib.util.find_spec('flash_attn') is not None)]
 
+def picked(desk, config:ModelConfig)->str:
+    "The attention that `auto` takes"
+    return pick_backend('auto', device(desk), compute_type(desk), config.head_dim)
+
 def transformers_here(desk)->bool:
     import importlib.util
     here = importlib.util.find_spec('transformers') is not None
@@ -246,23 +251,26 @@ def transformers_here(desk)->bool:
 def step(desk):
     """1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside
     transformers"""
-    names, micro = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)), 4
-    contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', ONE_B if desk.gpu else MINI, 8)
-    def mine(mode, compiled='', attention=names[-1]):
+    size, micro = ONE_B if desk.gpu else MINI, 4
+    contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', size, 8)
+    best = picked(desk, size)
+    others = [n for n in backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)) if n != best]
+    def mine(mode, compiled='', attention=best):
         return Contestant('llama_nb', mode, compiled, micro, attention)
     them = [Contestant('transformers', 'none', '', micro, kind) for kind in flash()]*transformers_here(desk)
     eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'full'))]
     compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]),
                 mine('none', 'blocks'),
-                *(mine('linear', 'blocks', other) for other in names[:-1]), mine('full', 'blocks'),
+                *(mine('linear', 'blocks', other) for other in others), mine('full', 'blocks'),
                 mine('budget', 'blocks')]
+    compiled[3:3] = [replace(who, micro=8) for who in compiled[1:3]]
     if not desk.gpu: desk.skip('compiled contestants', 'minutes of compiling on a CPU')
-    enter_all(desk, contest, eager + compiled*desk.gpu, 100)
+    enter_all(desk, contest, eager + compiled*desk.gpu, 60)
     contest.turns(10 if desk.gpu else 2)
     goals(desk, contest, '1.3B' if desk.gpu else 'toy')
     whole = [replace(who, compiled='whole') for who in them[:1]]    # compiles for minutes, so last
-    enter_all(desk, contest, whole*desk.gpu, 60)
-    if desk.gpu: contest.turns(10)
+    enter_all(desk, contest, whole*desk.gpu, 120)
+    if desk.gpu and set(whole) & set(contest.passes): contest.turns(10)
 
 def enter_all(desk, contest:Contest, all_of_them:list[Contestant], reserve:float, n:int=3):
     "Each contestant enters while more than `reserve` seconds are left: `n` steps to warm up, `n` alone"
@@ -294,12 +302,12 @@ def step_7B(desk):
         return
     size = '7B' if layers == 32 else f'{layers} of the 32 layers of 7B'
     contest = Contest(desk, f'16 x 2,048 tokens, {size}', ModelConfig(4096, layers, 32), 16)
-    attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
+    attention = picked(desk, contest.config)
     them = [Contestant('transformers', *how, 'sdpa')
             for how in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
     mine = [Contestant('llama_nb', *how, attention)
             for how in (('linear', 'blocks', 2), ('linear', 'blocks', 1), ('full', 'blocks', 4))]
-    enter_all(desk, contest, [mine[0], *them*transformers_here(desk), *mine[1:]], 60, 2)
+    enter_all(desk, contest, [mine[0], *them*transformers_here(desk), *mine[1:]], 40, 2)
     contest.turns(5)
     goals(desk, contest, size)
 
@@ -336,7 +344,7 @@ def profile(desk):
     from torch.profiler import ProfilerActivity, profile as record
     config = ModelConfig(2048, 8, 16) if desk.gpu else MINI
     contest = Contest(desk, 'the step that was looked at', config, 8)
-    attention = backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk))[-1]
+    attention = picked(desk, config)
     for compiled in ('', 'blocks') if desk.gpu else ('',):
         who = Contestant('llama_nb', 'linear', compiled, 4, attention)
         contest.enter(who, 3 if desk.gpu else 1, 3 if desk.gpu else 1)
@@ -363,13 +371,14 @@ def loss_share(desk, contest:Contest, who:Contestant):
     "The loss by itself, forward and backward, at the same size: its share of the step"
     from llama_nb.model.chunked_loss import chunked_loss_sum
     c, weight = contest.config, contest.base.output.weight
+    compiler = 'inductor' if who.compiled else None
     hidden = torch.randn(who.micro, c.max_seq_len, c.dim, device=weight.device, dtype=contest.dtype,
                          requires_grad=True)
     targets, took = torch.randint(c.vocab_size, hidden.shape[:2], device=weight.device), []
     for _ in range(4):
         wait(desk)
         start = time.perf_counter()
-        chunked_loss_sum(hidden, weight, targets).backward()
+        chunked_loss_sum(hidden, weight, targets, compiler=compiler).backward()
         wait(desk)
         took.append(time.perf_counter() - start)
     contest.optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from llama_nb.config import ModelConfig
 
 pytestmark = pytest.mark.timeout(900)                            # the miniature is made by whoever asks first
 HALVES = [('environment', 'tests', 'graphs', 'sync', 'memory', 'documents'),
-          ('parity', 'step', 'step_7B', 'profile', 'nccl')]
+          ('parity', 'step', 'step_7B', 'profile', 'nccl', 'layouts', 'kernels')]
 
 # --- the miniature --------------------------------------------------------------------------------
 
