@@ -58,6 +58,24 @@ def test_the_loss_without_logits():
     close(got, right, 1e-4)
     for a, b in zip(mine, gradients): close(a, b, 1e-4)
 
+@pytest.mark.parametrize('compiler', [None, 'inductor'])
+def test_the_loss_in_bfloat16(compiler):
+    """Against float32 of the same rounded numbers: the sum is float32, the error of each logit is rounded
+    once (2^-9), and the matrix's gradient grows in float32 within the multiplication"""
+    hidden = torch.randn(2, 1000, 256, device=CUDA).bfloat16()
+    weight = torch.randn(4096, 256, device=CUDA).mul_(.1).bfloat16().float()
+    targets = torch.randint(4096, (2, 1000), device=CUDA)
+    targets[0, :50] = -100
+    results = []
+    for dtype, form in ((torch.float32, None), (torch.bfloat16, compiler)):
+        leaves = [hidden.to(dtype).requires_grad_(), weight.clone().requires_grad_()]
+        loss = chunked_loss_sum(*leaves, targets, compiler=form)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    right, got = results
+    close(got[0], right[0], 1e-3)
+    close(got[1], right[1], 6e-3)
+    close(got[2], right[2], 3e-3)
+
 def test_adamw_that_is_told_to_do_nothing():
     "`found_inf` on the device: weights, both moments and the count of steps stay; and nobody waits"
     layer = torch.nn.Linear(256, 256, bias=False, device=CUDA)

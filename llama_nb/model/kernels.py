@@ -342,7 +342,13 @@ def available_backends(device='cpu',
     return [n for n in BACKENDS if not backend_problem(n, device, *model)]
 
 # %% ../../nbs/40_model.kernels.ipynb #find-backend
-_PREFERENCE = ('xformers', 'sdpa', 'reference') # of auto
+@constant_in_graphs
+def _preference(device, packed:bool)->tuple[str, str, str]: # of auto
+    "xformers, as in section 2.4; but PyTorch's own for whole sequences on Hopper and later"
+    there = torch.device(device).type == 'cuda' and torch.cuda.is_available()
+    if there and not packed and torch.cuda.get_device_capability(device) >= (9, 0):
+        return 'sdpa', 'xformers', 'reference'
+    return 'xformers', 'sdpa', 'reference'
 
 def pick_backend(name:str,           # a key of `BACKENDS`, or auto
                  device:torch.device,
@@ -354,7 +360,7 @@ def pick_backend(name:str,           # a key of `BACKENDS`, or auto
     "The backend to use. Raises `UserError` if there is none of that name, or if it cannot run on `device`"
     model = dtype, k, packed
     if name == 'auto':
-        wanted = [n for n in _PREFERENCE if not (masked and n == 'xformers')]
+        wanted = [n for n in _preference(device, packed) if not (masked and n == 'xformers')]
         return next(n for n in wanted if not backend_problem(n, device, *model))
     if name not in BACKENDS: _refuse(name, device, *model)
     problem = backend_problem(name, device, *model)

@@ -64,6 +64,7 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config = config
         self._rotations = None
+        self.loss_compiler = None       # backend of `torch.compile` for the loss; not compiled if None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)

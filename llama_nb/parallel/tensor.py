@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from ..config import check_tensor_degree
 from ..core import UserError, to_autocast
-from ..model.chunked_loss import sum_over_chunks
+from ..model.chunked_loss import chunk_tokens, sum_over_chunks
 from ..model.norm import rmsnorm
 from ..model.transformer import LLaMA
 from ..private import COLLECTIVES, send_while_multiplying
@@ -148,26 +148,27 @@ def _softmax_terms(z:Tensor,    # (tokens, v/n) logits of this rank; becomes exp
     return shared.split(1, 1)
 
 # %% ../../nbs/51_parallel.tensor.ipynb #loss
-def _loss_and_error(z:Tensor,    # (c, v/n) float32, this rank's logits; if `wanted`, then their gradient
+def _loss_and_error(z:Tensor,    # (c, v/n) this rank's logits; float32 ones are overwritten
                     y:Tensor,    # (c, 1) int64, targets
                     wanted:bool, # whether a gradient will be needed
                     first:int,   # entry of the vocabulary that this rank begins with
                     ignore_index:int,
                     group,
-                   )->Tensor:    # scalar, sum of -ln p, the same on all ranks
+                   )->tuple[Tensor, Tensor|None]: # scalar, sum of -ln p, the same on all ranks; the gradient
     "Summed cross-entropy of a chunk whose logits ranks share by vocabulary"
+    kind, z = z.dtype, z.float()
     counts = (y != ignore_index).float()
     mine = ((y >= first) & (y < first + z.shape[1])).float()
     row = (y - first).clamp(0, z.shape[1] - 1)
     picked, norm = _softmax_terms(z, row, mine, group)
     if wanted: z.mul_(counts/norm).scatter_add_(1, row, -counts*mine)
-    return ((norm.log() - picked)*counts).sum()
+    return ((norm.log() - picked)*counts).sum(), z.to(kind) if wanted else None
 
 # %% ../../nbs/51_parallel.tensor.ipynb #loss-sum
 def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n, d): `model.hidden(...)`
                       weight:DTensor,        # (v, d) the output matrix, shared by rows
                       targets:Tensor,        # (b, t) int64
-                      chunk:int=512,         # tokens whose logits are in memory at a time
+                      chunk:int=None,        # tokens whose logits are in memory at a time, or `chunk_tokens`
                       ignore_index:int=-100, # targets with this value do not count
                      )->Tensor:              # scalar float32, the same on all ranks of the mesh
     """Summed next-token cross-entropy in nats of a model that `apply_tensor_parallel` has shared.
@@ -181,6 +182,7 @@ def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n
     stream = DTensor.from_local(to_autocast(hidden), mesh, [layout], run_check=False)
     whole = stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     rows, group = weight.to_local(), mesh.get_group()
+    if chunk is None: chunk = chunk_tokens(hidden.shape[-1])
     cross_entropy = partial(_loss_and_error, first=dist.get_rank(group)*len(rows),
                             ignore_index=ignore_index, group=group)
     return sum_over_chunks(whole.flatten(0, 1), rows, targets.flatten(), chunk, cross_entropy)

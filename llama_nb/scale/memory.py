@@ -49,11 +49,15 @@ def _output(config, n): return config.model.vocab_size*config.model.dim/n
 
 def _by_hand(config, n): return config.train.recompute == 'linear' and n == 1
 
-def _loss_bytes(config, n, chunk=512):
+def _logit_bytes(config, n):
+    "A chunk's logits: in 16 bits, in float32, and their gradient in 16 bits; in float32 all in one place"
+    chunk = min(max(512, config.model.dim//2), _tokens(config))         # as `chunk_tokens` of the loss has it
+    return (4 if number_bytes(config) == 4 else 8)*chunk*config.model.vocab_size/n
+
+def _loss_bytes(config, n):
     "The output's gradient in both types, the stream and its gradient, a chunk of logits"
     w, stream = number_bytes(config), _tokens(config)*config.model.dim
-    logits = chunk*config.model.vocab_size/n
-    return (4 + w)*_output(config, n) + 2*w*stream + (8 + w)*logits
+    return (4 + w)*_output(config, n) + 2*w*stream + _logit_bytes(config, n)
 
 def _work_bytes(config, n):
     "Vectors of a block's backward pass, beside what it has kept"
@@ -84,8 +88,9 @@ def _alone(config, kept, all_gradients):
     block, out = _block(config, 1), _output(config, 1)
     one = w*block if w == 2 else 0                              # float32 needs no copy
     later = layers*one if config.train.recompute == 'none' else one
+    compiled = config.train.compile != 'off' and config.train.recompute == 'linear'
     work = _work_bytes(config, 1) + ((4 - w)*block if _by_hand(config, 1) else 0)
-    return {'forward': _parts(layers*kept, 0, layers*one, 0),
+    return {'forward': _parts(layers*kept, 0, one if compiled else layers*one, 0),
             'loss': _parts(layers*kept, 0, later - one, _loss_bytes(config, 1) + w*out),
             'backward': _parts(layers*kept, 4*out, later, work),
             'end': _parts(kept, all_gradients - 4*(out + block), one, work)}
@@ -135,8 +140,7 @@ def buffer_bytes(config:RunConfig, world_size:int=1)->dict[str,float]: # bytes, 
     replicas, shards, tensor = degrees(config.parallel, config.model, world_size)
     w, shared = number_bytes(config), replicas*shards > 1
     group = max(_block(config, tensor), 2*_output(config, tensor))
-    chunk = min(512, _tokens(config))*config.model.vocab_size/tensor
-    return {'logits': chunk*(4 if w == 4 else 4 + w), 'gather': w*group*shared, 'scatter': 4*group*shared}
+    return {'logits': _logit_bytes(config, tensor), 'gather': w*group*shared, 'scatter': 4*group*shared}
 
 def host_bytes(config:RunConfig, world_size:int=1)->dict[str,float]: # bytes
     "Pinned memory of the machine for each of its GPUs"

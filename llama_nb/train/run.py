@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trainer', 'attention_model', 'check_settings', 'open_data', 'open_folder', 'settle_dtype', 'dtype_line',
-           'build_model', 'run_tensors', 'save', 'resume', 'start_run']
+           'compile_model', 'build_model', 'run_tensors', 'save', 'resume', 'start_run']
 
 # %% ../../nbs/66_train.run.ipynb #imports
 import socket
@@ -147,6 +147,13 @@ def dtype_line(asked:RunConfig,   # as in the run file
     return f'train.dtype auto is {dtype} here' if asked.train.dtype == 'auto' else ''
 
 # %% ../../nbs/66_train.run.ipynb #build-model
+def compile_model(model:LLaMA,
+                  backend:str='inductor', # of the compiler
+                 ):
+    "Compile each block, as one graph, and the loss's chunks"
+    for layer in model.layers: layer.compile(backend=backend, fullgraph=True)
+    model.loss_compiler = backend
+
 def build_model(config:RunConfig,
                 device:torch.device,
                 mesh:DeviceMesh=None, # the layout, from `make_mesh`; one process if None
@@ -160,8 +167,7 @@ def build_model(config:RunConfig,
     for layer in model.layers: layer.attention.backend = c.attention
     if mesh: apply_tensor_parallel(model, mesh['tensor'], config.parallel.sequence)
     apply_recompute(model, c.recompute, c.memory_budget)
-    if c.compile == 'blocks':
-        for layer in model.layers: layer.compile(backend=backend, fullgraph=True)
+    if c.compile == 'blocks': compile_model(model, backend)
     if mesh: apply_data_parallel(model, mesh, pick_dtype(c.dtype, device))
     if not draw: return model.to_empty(device=device)
     materialize(model, c.seed, device)

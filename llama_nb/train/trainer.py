@@ -132,8 +132,9 @@ def forward_loss(model:torch.nn.Module,
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.hidden(tokens, borders=borders)
     weight = model.output.weight
-    loss_sum = parallel_loss_sum if isinstance(weight, DTensor) else chunked_loss_sum
-    return loss_sum(hidden.to(dtype), weight, targets)
+    hidden = hidden.to(dtype)
+    if isinstance(weight, DTensor): return parallel_loss_sum(hidden, weight, targets)
+    return chunked_loss_sum(hidden, weight, targets, compiler=model.loss_compiler)
 
 # %% ../../nbs/65_train.trainer.ipynb #evaluate
 @torch.no_grad()
