@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'OnDemand', 'load_tokens', 'read_pages',
            'text_places', 'clean_equal', 'count_sites', 'keep_site', 'load_json', 'find_copies', 'load_copies',
            'find_source', 'Pipeline', 'make_plan', 'source_job', 'read_pass', 'across', 'unrepeated', 'find_answer',
-           'clean_source', 'find_files', 'before_and_after', 'html_report', 'summary', 'is_finished', 'result_text']
+           'clean_source', 'find_files', 'before_and_after', 'html_report', 'is_finished', 'result_text']
 
 # %% ../../nbs/7E_data.corpus.ipynb #imports
 import difflib, glob, json, os, re
@@ -32,7 +32,7 @@ from .dedup import MEMORY, FirstOnDisk, IsFirst, merge_pairs, spill_pairs, text_
 from .documents import (Document, Report, extra_module, files_under, read_documents, read_file,
                                      refuse, text_id)
 from .engine import (Job, check_inputs, claim_folder, describe, report_text, run_job,
-                                  same_input)
+                                  same_input, summary)
 from .executors import LOCAL, find_executor, spread
 from .github import GithubRules, clean_code, clean_copies, clean_licence, read_project
 from .ngram import PerplexityRules, clean_perplexity, load_ngrams
@@ -628,17 +628,6 @@ def html_report(plan:Pipeline, total:dict[str, Tally], samples:list)->str: # a p
                            size=size, samples=samples) + '\n'
 
 # %% ../../nbs/7E_data.corpus.ipynb #summary
-def summary(total:dict[str, Tally])->str: # lines
-    "Documents and bytes after each stage, and what each rule took, for a terminal"
-    rows = [('', 'documents', 'MB')]
-    for name, t in total.items():
-        took = [(f'  - {rule}', f'{r.documents:,}', f'{r.removed/1e6:,.2f}')
-                for rule, r in sorted(t.rules.items()) if r.documents]
-        if t.unread: took.append(('  could not be read', f'{t.unread:,}', ''))
-        rows += [*took, (name, f'{t.kept:,}', f'{t.bytes_out/1e6:,.2f}')]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}' for a, b, c in rows)
-
 def is_finished(out)->int: # when, in nanoseconds; 0 if it is not
     "Whether everything is done in a folder"
     place = Path(out)/'finished.json'

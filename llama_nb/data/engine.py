@@ -284,16 +284,14 @@ def report_text(total:dict[str, Tally])->str: # Markdown
             parts += [f'  - `{where}`: {json.dumps(text)}\n' for where, text in rule.examples]
     return '# What was kept and what was removed\n\n' + '\n'.join(parts)
 
-def summary(total:dict[str, Tally])->str:
-    "The same in few lines: what each stage kept, and what each rule took"
-    lines = []
-    for stage, tally in total.items():
-        if tally.unread: lines.append(f'{stage}: {tally.unread:,} records could not be read')
-        if not tally.documents: continue
-        kept = f'{tally.kept:,} of {tally.documents:,} documents'
-        size = f'{tally.bytes_out/1e6:,.1f} of {tally.bytes_in/1e6:,.1f} MB'
-        lines.append(f'{stage}: kept {kept}, {size}')
-        for name, rule in sorted(tally.rules.items()):
-            took = f'{rule.removed/1e6:,.2f} MB of {rule.documents:,} documents'
-            if rule.documents: lines.append(f'  {name}: {took}')
-    return '\n'.join(lines)
+def summary(total:dict[str, Tally])->str: # lines
+    "Documents and bytes after each stage, and what each rule took, for a terminal"
+    rows = [('', 'documents', 'MB')]
+    for name, t in total.items():
+        took = [(f'  - {rule}', f'{r.documents:,}', f'{r.removed/1e6:,.2f}')
+                for rule, r in sorted(t.rules.items()) if r.documents]
+        if t.unread: took.append(('  could not be read', f'{t.unread:,}', ''))
+        if t.documents: took.append((name, f'{t.kept:,}', f'{t.bytes_out/1e6:,.2f}'))
+        rows += took
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}' for a, b, c in rows)
