@@ -1,12 +1,13 @@
 """A family of toys: five sizes, each trained for five lengths, every run with a schedule of its own.
 
-Each run is `llama-nb train` on a run file, so it is the real trainer; a run that was stopped goes on, and one
-that is done is not done again. The losses go into scaling.json, from which the page on scaling laws fits
-L(N, D) and draws the paper's Figure 1 at this size.
+Each run is `llama-nb train` on a run file, so it is the real trainer; one that was stopped goes on, and one
+that is done is not done again. The text is that of `llama-nb data mini`, made if it is not there. The losses
+go into scaling.json, from which the page on scaling laws fits L(N, D) and draws Figure 1 at this size.
 
+    python benchmarks/scaling.py
     python benchmarks/scaling.py --help
 
-Some 35 minutes on two quiet cores.
+Some 45 minutes on two quiet cores.
 """
 import json, os, platform, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ SEEDS = 1, 2, 3
 @dataclass(frozen=True)
 class Settings:
     "What is trained on what"
-    documents:str='python'        # python (the standard library of this Python), or a file or folder
+    documents:str='runs/mini'     # a mini corpus; or python (the standard library), a file or a folder
     vocab:int=1024                # tokens; a small vocabulary, or the embeddings would be most of the model
     seq:int=128                   # tokens in a sequence
     batch:int=8                   # sequences in a step
@@ -44,12 +45,23 @@ class Settings:
 
 # --- what is trained -------------------------------------------------------------------------------
 
+def is_mini(s)->bool: return s.documents == Settings.documents or (Path(s.documents)/'mixture.toml').exists()
+
+def read(s):
+    "The documents, in a fixed order"
+    from llama_nb.data.documents import named_documents
+    from llama_nb.data.mini import build_mini, clean_documents
+    if not is_mini(s): return named_documents(s.documents)
+    build_mini(s.documents)
+    sources = sorted(p.name for p in (Path(s.documents)/'clean').iterdir())
+    return [doc for source in sources for doc in clean_documents(s.documents, source)]
+
 def prepare(s, out):
     "Tokenizer and shards"
-    from llama_nb.data.documents import named_documents, split_documents
+    from llama_nb.data.documents import split_documents
     from llama_nb.data.shards import TokenShards, write_shards
     from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
-    train, held_out = split_documents(named_documents(s.documents), s.held_out)
+    train, held_out = split_documents(read(s), s.held_out)
     path = out/'tokenizer.model'
     if not path.exists(): train_tokenizer((d.text for d in train[::4]), path, s.vocab)
     for name, docs in (('train', train), ('held_out', held_out)):
@@ -130,7 +142,8 @@ def main(s):
     with ThreadPoolExecutor(s.workers) as pool:
         folders = list(pool.map(lambda run: train(s, out, *run), wanted))
     runs = [result(s, folder, *run) for folder, run in zip(folders, wanted)]
-    about = {**asdict(s), 'processor': cpu_name(), 'python': platform.python_version(),
+    text = 'the clean documents of `llama-nb data mini`' if is_mini(s) else Path(s.documents).name
+    about = {**asdict(s), 'documents': text, 'processor': cpu_name(), 'python': platform.python_version(),
              'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d'),
              'train_tokens': shards.n_tokens, 'bytes_per_token': shards.n_bytes/shards.n_tokens,
              'sizes': {name: asdict(size) for name, size in SIZES.items()}}
