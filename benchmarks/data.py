@@ -164,7 +164,7 @@ def grown(docs, megabytes:int, path:Path):
             turn += 1
     write_jsonl(endless(), path)
 
-def memories(docs, corpus:Path, folder:Path, sizes=(5, 50, 500))->list[tuple]: # what, [MB at each size]
+def memories(docs, corpus:Path, folder:Path, sizes=(3, 30, 300))->list[tuple]: # what, [MB at each size]
     rows = {name: [] for name in WORK}
     for megabytes in sizes:
         path = folder/f'{megabytes}.jsonl'

@@ -1,10 +1,14 @@
 "What the tests share: a small prepared data set, and a way to run the command line as a process."
-import importlib, itertools, json, os, subprocess, sys, time
+import importlib, itertools, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+# A shell's background job ignores Ctrl-C, and so would the programs that it starts
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def variant(*values):
     "A case of `parametrize` that `make test` leaves to `make torture`, since others like it are tried"

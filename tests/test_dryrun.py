@@ -77,7 +77,7 @@ def test_a_wrong_closed_form_is_seen(found):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('name, ranks, settings',
                          [variant('7B', 512, ()), ('65B', 2048, ()),
-                          ('7B', 8, ('--parallel.replicate', '1', '--data.batch_size', '64'))])
+                          variant('7B', 8, ('--parallel.replicate', '1', '--data.batch_size', '64'))])
 def test_full_size(name, ranks, settings):
     "The real model in the real layout, tensor by tensor; accumulation included"
     eager = '--train.compile', 'off', *settings
