@@ -198,7 +198,6 @@ def render(about, raw, beside, tokens, memory)->str:
     return '\n'.join(lines) + '\n'
 
 def main(corpus:Path):
-    sys.path.insert(0, str(HERE))
     from train_step import cpu_name
     from llama_nb.data.corpus import SOURCES
     from llama_nb.data.mini import clean_documents

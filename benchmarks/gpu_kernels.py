@@ -1,11 +1,10 @@
 """A part of gpu.py: attention and the loss by themselves, each kernel or form beside the others."""
-import statistics, time
 from contextlib import nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_nb.model.chunked_loss import chunked_loss_sum
 from llama_nb.model.kernels import attend
-from gpu_parts import backends, device, first_line, wait
+from gpu_parts import backends, device, first_line, median_ms
 
 # sequences, tokens, heads and their width: half a micro-batch of 1.3B, and one of 7B
 HEADS = {'gpu': [(4, 2048, 16, 128), (2, 2048, 32, 128)], 'cpu': [(1, 64, 2, 32)]}
@@ -19,17 +18,6 @@ def kernels(desk):
     "Milliseconds of forward and backward, the host waiting after each"
     for shape in HEADS[desk.form]: attentions(desk, shape)
     for shape in LOSSES[desk.form]: losses(desk, shape)
-
-def median_ms(desk, work, turns:int=10)->float:
-    for _ in range(3 if desk.gpu else 1): work()
-    took = []
-    for _ in range(turns if desk.gpu else 2):
-        wait(desk)
-        start = time.perf_counter()
-        work()
-        wait(desk)
-        took.append(1000*(time.perf_counter() - start))
-    return statistics.median(took)
 
 def attentions(desk, shape):
     b, t, _, k = shape

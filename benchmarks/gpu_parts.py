@@ -1,6 +1,6 @@
 """Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run
 file, `start_run`, `train_step`."""
-import importlib.metadata, importlib.util, itertools, math, random, subprocess, sys
+import importlib.metadata, importlib.util, itertools, math, random, statistics, subprocess, sys, time
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +29,18 @@ def device(desk)->torch.device: return torch.device('cuda' if desk.gpu else 'cpu
 
 def wait(desk):
     if desk.gpu: torch.cuda.synchronize()
+
+def median_ms(desk, work, turns:int=10)->float:
+    "Milliseconds of `work`, the host waiting after each turn; some go before that do not count"
+    for _ in range(3 if desk.gpu else 1): work()
+    took = []
+    for _ in range(turns if desk.gpu else 2):
+        wait(desk)
+        start = time.perf_counter()
+        work()
+        wait(desk)
+        took.append(1000*(time.perf_counter() - start))
+    return statistics.median(took)
 
 def texts(longest:int)->list[str]:
     "Python's help texts cut into documents of 40 to `longest` characters, short ones as often as long ones"

@@ -18,7 +18,7 @@ from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.run import compile_model
 from llama_nb.train.trainer import accumulate
-from gpu_parts import backends, bare_model, device, first_line, formula_bytes, free, wait
+from gpu_parts import backends, bare_model, device, first_line, formula_bytes, free, median_ms, wait
 
 GOALS = {'1.3B': .55, '7B': .50}                                 # MFU; and 1.25 times transformers
 FASTER = 1.25
@@ -259,11 +259,10 @@ def step(desk):
         return Contestant('llama_nb', mode, compiled, micro, attention)
     them = [Contestant('transformers', 'none', '', micro, kind) for kind in flash()]*transformers_here(desk)
     eager = [mine('none'), *them, *(mine(mode) for mode in ('linear', 'full'))]
-    compiled = [mine('linear', 'blocks'), *(replace(who, compiled='blocks') for who in them[:1]),
-                mine('none', 'blocks'),
+    plain = [*(replace(who, compiled='blocks') for who in them[:1]), mine('none', 'blocks')]
+    compiled = [mine('linear', 'blocks'), *plain, *(replace(who, micro=8) for who in plain),
                 *(mine('linear', 'blocks', other) for other in others), mine('full', 'blocks'),
                 mine('budget', 'blocks')]
-    compiled[3:3] = [replace(who, micro=8) for who in compiled[1:3]]
     if not desk.gpu: desk.skip('compiled contestants', 'minutes of compiling on a CPU')
     enter_all(desk, contest, eager + compiled*desk.gpu, 60)
     contest.turns(10 if desk.gpu else 2)
@@ -374,15 +373,10 @@ def loss_share(desk, contest:Contest, who:Contestant):
     compiler = 'inductor' if who.compiled else None
     hidden = torch.randn(who.micro, c.max_seq_len, c.dim, device=weight.device, dtype=contest.dtype,
                          requires_grad=True)
-    targets, took = torch.randint(c.vocab_size, hidden.shape[:2], device=weight.device), []
-    for _ in range(4):
-        wait(desk)
-        start = time.perf_counter()
-        chunked_loss_sum(hidden, weight, targets, compiler=compiler).backward()
-        wait(desk)
-        took.append(time.perf_counter() - start)
+    targets = torch.randint(c.vocab_size, hidden.shape[:2], device=weight.device)
+    def both(): chunked_loss_sum(hidden, weight, targets, compiler=compiler).backward()
+    ms = median_ms(desk, both)*contest.batch/who.micro
     contest.optimizer.zero_grad(set_to_none=True)
-    ms = 1000*statistics.median(took[1:])*contest.batch/who.micro
     desk.row(f'shares, {who.name}', 'of that the loss, measured by itself',
              share=ms/1000/statistics.median(contest.seconds[who]), ms_a_step=ms)
 

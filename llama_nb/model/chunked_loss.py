@@ -30,7 +30,7 @@ def _loss_and_error(z:Tensor,    # (c, v) logits of a chunk; float32 ones are ov
     return ((norm.log() - picked)*counts).sum(), z.to(kind) if wanted else None
 
 # %% ../../nbs/41_model.chunked_loss.ipynb #fused-error
-def _fused_loss_and_error(z:Tensor, y:Tensor, wanted:bool, ignore_index:int): # as `_loss_and_error`
+def _fused_loss_and_error(z:Tensor, y:Tensor, ignore_index:int): # as `_loss_and_error`, where it is wanted
     "The same, for a compiler"
     counts = (y != ignore_index).float()
     y = y.where(counts > 0, 0)
@@ -42,7 +42,12 @@ def _fused_loss_and_error(z:Tensor, y:Tensor, wanted:bool, ignore_index:int): # 
     return ((norm.log() - shifted.gather(1, y))*counts).sum(), error.to(z.dtype)
 
 @cache
-def _compiled(backend:str): return torch.compile(_fused_loss_and_error, backend=backend, dynamic=False)
+def _compiled(backend:str)->Callable: # as `_loss_and_error`
+    "What computes a gradient is compiled"
+    fused = torch.compile(_fused_loss_and_error, backend=backend, dynamic=False)
+    def loss_and_error(z, y, wanted, ignore_index):
+        return fused(z, y, ignore_index) if wanted else _loss_and_error(z, y, wanted, ignore_index)
+    return loss_and_error
 
 # %% ../../nbs/41_model.chunked_loss.ipynb #chunked-function
 class _ChunkedLoss(torch.autograd.Function):
@@ -86,10 +91,13 @@ def _add_product(total:Tensor, # (v, d) float32, grows in place
 def sum_over_chunks(hidden:Tensor,           # (n, d) the stream of n tokens after the last norm
                     weight:Tensor,           # (v, d) the output matrix, or this rank's rows of it
                     targets:Tensor,          # (n,) int64
-                    chunk:int,               # tokens whose logits are in memory at a time
+                    chunk:int|None,          # tokens whose logits are in memory at a time, or `chunk_tokens`
                     loss_and_error:Callable, # logits (c, v), targets (c, 1), is a gradient wanted? -> both
                    )->Tensor:                # scalar float32
-    "The sum of the losses over chunks. `loss_and_error` gives one, and the gradient of the logits"
+    """The sum of the losses over chunks. `loss_and_error` gives one, and the gradient of the logits.
+    Raises `UserError` for chunks of no tokens"""
+    if chunk is None: chunk = chunk_tokens(hidden.shape[-1])
+    if chunk < 1: raise UserError(f'a chunk must be at least one token long, not {chunk}')
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     return _ChunkedLoss.apply(hidden, weight, targets, chunk, loss_and_error, wanted)
 
@@ -109,12 +117,9 @@ def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the las
                     )->Tensor:              # scalar float32, sum of -ln p over the targets, in nats
     "`loss_sum(hidden @ weight.T, targets)[0]` without all logits. Raises `UserError` where shapes do not fit"
     _check_fit(hidden, weight, targets)
-    if chunk is None: chunk = chunk_tokens(hidden.shape[-1])
-    if chunk < 1: raise UserError(f'a chunk must be at least one token long, not {chunk}')
     stream = to_autocast(hidden).flatten(0, 1)
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    fused = compiler and wanted and stream.is_cuda
-    cross_entropy = partial(_compiled(compiler) if fused else _loss_and_error, ignore_index=ignore_index)
+    loss_and_error = _compiled(compiler) if compiler and stream.is_cuda else _loss_and_error
+    cross_entropy = partial(loss_and_error, ignore_index=ignore_index)
     return sum_over_chunks(stream, weight, targets.flatten(), chunk, cross_entropy)
 
 def _check_fit(hidden:Tensor, weight:Tensor, targets:Tensor):

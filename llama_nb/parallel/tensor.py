@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from ..config import check_tensor_degree
 from ..core import UserError, to_autocast
-from ..model.chunked_loss import chunk_tokens, sum_over_chunks
+from ..model.chunked_loss import sum_over_chunks
 from ..model.norm import rmsnorm
 from ..model.transformer import LLaMA
 from ..private import COLLECTIVES, send_while_multiplying
@@ -182,7 +182,6 @@ def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n
     stream = DTensor.from_local(to_autocast(hidden), mesh, [layout], run_check=False)
     whole = stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     rows, group = weight.to_local(), mesh.get_group()
-    if chunk is None: chunk = chunk_tokens(hidden.shape[-1])
     cross_entropy = partial(_loss_and_error, first=dist.get_rank(group)*len(rows),
                             ignore_index=ignore_index, group=group)
     return sum_over_chunks(whole.flatten(0, 1), rows, targets.flatten(), chunk, cross_entropy)
