@@ -321,7 +321,8 @@ def _manuals()->Iterator[tuple[str, Callable]]:
     yield from ((name, partial(_manual, name)) for name in names)
 
 def _histories()->Iterator[tuple[str, Callable]]:
-    for path in (p for name in ('HISTORY*', 'NEWS*', '*FAQ*') for p in DOCUMENTATION.glob(f'*/{name}')):
+    names = 'HISTORY*', 'NEWS*', '*FAQ*'
+    for path in (p for name in names for p in sorted(DOCUMENTATION.glob(f'*/{name}'))):
         if path.is_file(): yield f'{path.parent.name} {path.stem}', partial(_unpacked, path)
 
 def _references()->Iterator[tuple[str, Callable]]:
@@ -362,17 +363,24 @@ def second_edition(text:str)->str:
 _SHELVES = {'licences': _licences, 'manuals of this machine': _manuals,
             'histories and news of programs': _histories, 'reference manuals from docstrings': _references}
 
+def _file_name(title:str)->str: return re.sub(r'\W+', '-', title.lower()).strip('-') + '.txt'
+
+def _shelved(books:Iterable, names:set)->Iterator[tuple[str, str]]: # (title, text)
+    "The long ones, one for each file name: a package may be installed twice, or have two histories"
+    for title, read in sorted(books, key=lambda book: mixed(book[0])):
+        if _file_name(title) in names or len(text := read()) <= 5000: continue
+        names.add(_file_name(title))
+        yield title, text
+
 def build_books(folder:Path, size:int)->list[Origin]:
     "A text file for each book"
-    found = {}
+    found, names = {}, set()
     for kind, books in _SHELVES.items():
-        read = ((title, text()) for title, text in sorted(books(), key=lambda book: mixed(book[0])))
-        texts = take((book for book in read if len(book[1]) > 5000), size//4, lambda book: n_bytes(book[1]))
+        texts = take(_shelved(books(), names), size//4, lambda book: n_bytes(book[1]))
         if texts: found[kind] = texts
     again = [(f'{title}, second edition', second_edition(text)) for (title, text), *_ in found.values()]
     for title, text in chain(*found.values(), again):
-        name = re.sub(r'\W+', '-', title.lower()).strip('-')
-        (folder/f'{name}.txt').write_bytes(framed(title, text))
+        (folder/_file_name(title)).write_bytes(framed(title, text))
     return [_origin(kind, "in Gutenberg's frame", (n_bytes(text) for _, text in books))
             for kind, books in found.items()]
 
