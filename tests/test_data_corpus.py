@@ -235,6 +235,19 @@ def test_a_changed_preset_is_refused_and_redone(raw, tmp_path):
     assert contents(tmp_path) == before
     with pytest.raises(UserError, match='another job .*source'): run(raw, 'books', tmp_path)
 
+def test_other_intervals_make_a_pass_anew(raw, tmp_path, monkeypatch):
+    "What an interrupted pass has left with other intervals is not mixed with new ones"
+    calm = run(raw, 'documents', tmp_path/'calm')
+    monkeypatch.setattr(corpus, '_INTERVAL', 2000)
+    def stopped(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(corpus, 'write_atomic', stopped)          # all is merged, and not yet called done
+        run(raw, 'documents', tmp_path/'out')
+    assert len([*(tmp_path/'out').rglob('first-*')]) > 1
+    monkeypatch.setattr(corpus, '_INTERVAL', 2**24)
+    assert run(raw, 'documents', tmp_path/'out') == calm
+    assert contents(tmp_path/'out') == contents(tmp_path/'calm')
+
 def test_a_changed_input_is_done_again_with_all_that_follows(tmp_path):
     raw_documents(tmp_path/'in')
     files = find_files('documents', [tmp_path/'in'])
@@ -369,8 +382,10 @@ def kills(files, source, folder, workers, times, in_passes=False, seed=0):
         if process.exitcode == 0:                           # it was faster: once more from the beginning
             assert contents(out) == calm
             shutil.rmtree(out)
-    clean_source(source, files, out, models=NONE)
-    assert contents(out) == calm
+    process = context.Process(target=_clean, args=(source, files, out, workers, in_passes))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0 and contents(out) == calm
     assert [*out.rglob('.*.tmp')] == [] and [*out.rglob('pairs-*')] == []
     return killed
 

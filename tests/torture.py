@@ -17,7 +17,7 @@ def test_a_data_job_is_killed_at_twenty_random_instants(place, calm, workers):  
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize('workers', [1, 2, 4])
-@pytest.mark.parametrize('source', ['c4', 'github', 'books', 'documents'])
+@pytest.mark.parametrize('source', RAW)
 def test_a_pipeline_is_killed_twenty_times(tmp_path, source, workers):
     RAW[source](tmp_path/'raw')
     assert kills(find_files(source, [tmp_path/'raw']), source, tmp_path, workers, 20, True, workers) > 10

@@ -81,7 +81,7 @@ class RuleTally:
         self.documents += documents
         self.removed += removed
         found = {tuple(e) for e in [*self.examples, *examples]}
-        self.examples = [list(e) for e in sorted(found, key=lambda e: _order(e[0]))[:N_EXAMPLES]]
+        self.examples = [list(e) for e in sorted(found, key=lambda e: (_order(e[0]), e))[:N_EXAMPLES]]
 
 # %% ../../nbs/70_data.stage.ipynb #tally
 @dataclass
