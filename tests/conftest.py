@@ -1,7 +1,10 @@
 "What the tests share: a small prepared data set, and a way to run the command line as a process."
 import importlib, itertools, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 import pytest
+from fork_server import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
@@ -32,14 +35,33 @@ def command(*args): return [sys.executable, '-m', 'llama_nb', *map(str, args)]
 def llama_nb():
     "Run `llama-nb ...` to its end: (exit code, stdout, stderr)"
     def run(*args, preexec_fn=None):
-        done = subprocess.run(command(*args), env=ENV, capture_output=True, text=True, timeout=240, preexec_fn=preexec_fn)
-        return done.returncode, done.stdout, done.stderr
+        if preexec_fn:
+            done = subprocess.run(command(*args), env=ENV, capture_output=True, text=True, timeout=240,
+                                  preexec_fn=preexec_fn)
+            return done.returncode, done.stdout, done.stderr
+        process = Program(command(*args), ENV)
+        try:
+            shown, err = process.communicate(240)
+        finally:
+            process.kill()
+        return process.returncode, shown, err
     return run
 
 @pytest.fixture(scope='session')
 def start():
-    "Start `llama-nb ...`; the test ends it"
-    return lambda *args: subprocess.Popen(command(*args), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    "Start `llama-nb ...`; what still lives at the end of all tests is ended"
+    started = []
+    def start(*args):
+        started.append(Program(command(*args), ENV))
+        return started[-1]
+    yield start
+    for process in started: process.kill()
+
+def run_ranks(*args, **kwargs):
+    "That of the package, with ranks that are forked"
+    from llama_nb.parallel import processes
+    forked = SimpleNamespace(Popen=Program, STDOUT=subprocess.STDOUT)
+    with mock.patch.object(processes, 'subprocess', forked): return processes.run_ranks(*args, **kwargs)
 
 @pytest.fixture(scope='session')
 def wait_for():
@@ -58,7 +80,7 @@ class Ranks:
         folder.mkdir()
         env = {**ENV, 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n), 'INIT_METHOD': f'file://{folder}/store', 'GLOO_SOCKET_IFNAME': 'lo'}
         self.logs = [open(folder/f'{rank}.log', 'w+') for rank in range(n)]
-        self.processes = [subprocess.Popen(command(*args), env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, stdout=log, stderr=subprocess.STDOUT) for rank, log in enumerate(self.logs)]
+        self.processes = [Program(command(*args), {**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, log, subprocess.STDOUT) for rank, log in enumerate(self.logs)]
 
     def log(self, rank=0): self.logs[rank].seek(0); return self.logs[rank].read()
 

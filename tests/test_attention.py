@@ -6,7 +6,7 @@ depend on the device: an operator is a name in them.
 import contextlib, platform, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from conftest import variant
+from conftest import run_ranks, variant
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
@@ -20,7 +20,6 @@ from llama_nb.model.kernels import attend, backend_problem, backend_report, docu
 from llama_nb.model.transformer import LLaMA, document_positions, init_weights
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh
-from llama_nb.parallel.processes import run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
 from llama_nb.train.recompute import apply_recompute, recompute_selective
 from llama_nb.train.trainer import accumulate, start_run, train_step

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from conftest import ENV, metrics
+from conftest import ENV, metrics, run_ranks
 from llama_nb.cli import main
 from llama_nb.core import UserError, is_temporary
 from llama_nb.data.documents import Document
@@ -349,7 +349,6 @@ def mixture_worker(path):
     return {'rows': loader.batch(5, *rank_and_size())[0].tolist()}
 
 def test_ranks_share_a_batch(mixed, sources):
-    from llama_nb.parallel.processes import run_ranks
     found = run_ranks('test_data_mixture:mixture_worker', 2, {'path': str(mixed(10))})
     whole = make_loader(open_tokens(sources/'mixture.toml'), 64, 8).batch(5)[0].tolist()
     assert found[0]['rows'] + found[1]['rows'] == whole

@@ -2,11 +2,11 @@
 import sys
 from pathlib import Path
 import pytest, torch
+from conftest import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import parity
 from parity import case
-from llama_nb.parallel.processes import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # all cases are measured for whoever asks first
 

@@ -4,10 +4,10 @@ from collections import Counter
 import pytest, torch, torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import run_ranks
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
 from llama_nb.model.transformer import LLaMA, init_weights
-from llama_nb.parallel.processes import run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.train.loss import loss_sum
 from llama_nb.train.recompute import apply_recompute, recompute_by_hand

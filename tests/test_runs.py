@@ -1,9 +1,9 @@
 "Runs as processes: stopped, killed, resumed, with damaged checkpoints and a full disk."
-import json, resource, signal
+import json, resource, signal, subprocess
 import pytest
 from safetensors.torch import load_file
 import torch
-from conftest import metrics, variant
+from conftest import ENV, command, metrics, variant
 
 def lines(folder):
     path = folder/'metrics.jsonl'
@@ -93,8 +93,9 @@ def test_the_toy_from_end_to_end(tmp_path, llama_nb):
     status, shown, _ = llama_nb('generate', out, '--prompt', 'import ', '--max-new-tokens', 5, '--seed', 3)
     assert status == 0 and shown.startswith('import ')
 
-def test_output_may_be_closed_early(tmp_path, start):
-    process = start('--help')
+def test_output_may_be_closed_early():
+    process = subprocess.Popen(command('--help'), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     process.stdout.close()
     assert process.wait(60) in (0, 120, 141) and 'Traceback' not in process.stderr.read()
 

@@ -8,12 +8,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from conftest import run_ranks
 import llama_nb.train.sharded as pieces
 from llama_nb.config import ModelConfig, OptimConfig
 from llama_nb.core import is_temporary
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.mesh import make_mesh
-from llama_nb.parallel.processes import rank_main, run_ranks
+from llama_nb.parallel.processes import rank_main
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.train.checkpoint import (Saver, consolidate, latest_checkpoint, list_checkpoints,
                                        load_checkpoint, load_into, lock_folder, save_checkpoint)

@@ -3,7 +3,7 @@ file system that all ranks ask at once."""
 import json, os, pickle, resource, signal, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import ENV
+from conftest import ENV, run_ranks
 
 ME = Path(__file__).stem
 
@@ -81,7 +81,6 @@ def many_shards(folder, tokens, n=60):
     return shards
 
 def test_opening_costs_one_look_a_file_however_many_ranks(tmp_path, tokens, run_file):
-    from llama_nb.parallel.processes import run_ranks
     shards = many_shards(tmp_path/'many', tokens)
     path = run_file(10)
     path.write_text(path.read_text().replace(str(tokens), str(tmp_path/'many')))
