@@ -171,16 +171,13 @@ def toy(config:RunConfig, # as from `toy_config`
     "Prepare, train, evaluate, sample: everything once, in one folder"
     tokenizer, zlib_bits = prepare(config.out, config.model.vocab_size, report)
     run = ready(start_run(config, report=report))
-    batch = config.data.batch_size*config.data.seq_len
-    report(f'model      {config.model.n_params:,} parameters, {config.train.steps} steps of {batch:,} tokens '
-           f'on {run.device}')
     stopped = fit(run, progress)
     if stopped: return stopped
     parts = source_nats(run.model, run.held_out, config.data.seq_len)
     nats = sum(parts.values()) if parts else evaluate(run.model, run.held_out, config.data.seq_len)[0].item()
     trigram = trigram_bits_per_byte(run.loader, run.step, run.held_out)
     results = {'llama': bits_per_byte(nats, run.held_out.n_bytes), 'zlib -9': zlib_bits,
-               'trigram': trigram, 'tokens': run.step*batch}
+               'trigram': trigram, 'tokens': run.step*config.data.batch_size*config.data.seq_len}
     if parts:
         results['sources'] = {s.name: bits_per_byte(parts[s.name], s.shards.n_bytes)
                               for s in run.held_out.sources}

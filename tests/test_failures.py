@@ -114,7 +114,8 @@ def test_a_failed_save_may_pass_unless_a_right_is_missing(tmp_path):
 def spike_log(folder, step, said):
     "The log of a run that goes on after `step`, which notes the steps of its reports"
     made = object.__new__(trainer.RunLog)
-    made.metrics, made.spikes, made.bar = log.open_metrics(folder, step), SpikeGuard(), mock.Mock()
+    made.metrics, made.spikes = log.open_metrics(folder, step), SpikeGuard()
+    made.console = mock.Mock()
     made.run = mock.Mock(report=lambda line: said.append(int(line.split()[1])))
     trainer._go_on(made, ExitStack())
     return made
@@ -129,7 +130,7 @@ def test_a_resumed_guard_reports_what_one_that_was_not_cut_does(tmp_path):
         for begin, end in zip([0, *cuts], ends):
             made = spike_log(folder, begin, said)
             for i in range(begin, end):
-                made._write({'step': i + 1, 'loss': losses[i], 'tokens': i, 'tokens_per_second': 1.})
+                made._write({'step': i + 1, 'loss': losses[i], 'tokens': i})
         assert said == [201, 301, 302, 303], cuts
 
 # --- two real ranks: time limits, errors told, nobody leaves before the old checkpoint is gone ---

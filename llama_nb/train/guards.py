@@ -6,7 +6,7 @@
 __all__ = ['STOP_SIGNALS', 'stop_on_signal', 'NonFiniteGuard', 'SpikeGuard', 'watchdog', 'collective_seconds', 'quiet_gc']
 
 # %% ../../nbs/63_train.guards.ipynb #imports
-import faulthandler, gc, math, signal, statistics, sys, threading
+import faulthandler, gc, math, os, signal, statistics, sys, threading
 from collections import deque
 from contextlib import contextmanager
 from ..core import UserError
@@ -16,12 +16,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if hasattr(signal, 'SIGUSR1'): STOP_SIGNALS += (signal.SIGUSR1,)          # Windows has none
 
 @contextmanager
-def stop_on_signal():
+def stop_on_signal(answer:bool=False # say on stderr what happens now
+                  ):
     """Yields a list that receives the numbers of `STOP_SIGNALS` as they come. A SIGINT that is not the first
     of them interrupts at once. Only the main thread may have handlers; in another the list stays empty"""
     got = []
     def note(number, frame):
         if got and number == signal.SIGINT: raise KeyboardInterrupt
+        if answer and not got: _answer(number)
         got.append(number)
 
     in_main = threading.current_thread() is threading.main_thread()
@@ -30,6 +32,12 @@ def stop_on_signal():
         yield got
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
+
+def _answer(number:int):
+    "A handler may interrupt `print` itself, so it writes without Python's buffers"
+    line = f'\n{signal.Signals(number).name}: this step is finished, then saved'
+    if number == signal.SIGINT: line += '; once more ends it now, unsaved'
+    os.write(2, f'{line}\n'.encode())
 
 # %% ../../nbs/63_train.guards.ipynb #patience
 class NonFiniteGuard:

@@ -30,6 +30,7 @@ from ..parallel.mesh import rank_and_size, total
 from ..parallel.processes import start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
 from . import checkpoint as ckpt
+from .console import known_peak, start_lines, write_readme
 from .guards import NonFiniteGuard, collective_seconds
 from .optim import make_optimizer
 from .recompute import apply_recompute
@@ -53,6 +54,7 @@ class Trainer:
     batches:object=None          # the batches to come, from `prefetch`
     signals_received:list=field(default_factory=list) # numbers of those that came to this rank
     fusions_to_check:object=None # what asynchronous tensor parallelism has fused, until it is checked
+    peak:float=0.                # FLOP/s of one device; 0 if nobody knows
 
     def __post_init__(self):
         self.dtype = pick_dtype(self.config.train.dtype)
@@ -60,6 +62,7 @@ class Trainer:
         self.rank, self.ranks = rank_and_size()
         self.share = data_rank(self.mesh) if self.mesh else (0, 1)     # part of the batch, of how many
         self.guard = NonFiniteGuard(self.config.train.max_skipped)
+        self.peak = known_peak(self.config, self.device, self.dtype)
         if self.rank: self.report = lambda line: None                  # rank 0 speaks for all
 
     def total(self, x:Tensor)->Tensor:
@@ -118,6 +121,7 @@ def open_folder(config:RunConfig, shards:TokenShards)->Path:
     path = out/'config.toml'
     if not path.exists():
         write_atomic(out/'tokenizer.model', shards.tokenizer_path.read_bytes())
+        write_readme(out)
         write_atomic(path, dump_run(config))
         return out
     changed = '; '.join(differences(load_run(path), config))
@@ -211,13 +215,14 @@ def start_run(config:RunConfig,
     on_all_ranks(lambda: check_settings(settled, device, replicate*shard, tensor))
     _open_text(run)
     on_rank_zero(lambda: open_folder(settled, run.loader.shards))
-    _say_how(run, config)
+    _say_how(run, config, (replicate, shard, tensor))
     run.saver = ckpt.Saver(run.out/'checkpoints', settled.train.keep, settled.train.keep_every, limit)
     _open_model(run)
     return run
 
-def _say_how(run:Trainer, asked:RunConfig):
-    "One line about the type, if there is something to say, and one about attention"
+def _say_how(run:Trainer, asked:RunConfig, layout:tuple[int, int, int]):
+    "What the run will do; a line about the type, if there is something to say, and one about attention"
+    for line in start_lines(run.config, run.loader, run.device, layout, run.peak): run.report(line)
     line = dtype_line(asked, run.config, run.device)
     if line: run.report(line)
     model = attention_model(run.config, run.device)

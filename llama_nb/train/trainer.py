@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['fit', 'is_due', 'train_step', 'next_batch', 'accumulate', 'forward_loss', 'evaluate', 'validation_loss', 'validate',
-           'checkpoint', 'RunLog', 'finish_step', 'running']
+           'checkpoint', 'RunLog', 'finish_step', 'peak_memory', 'running']
 
 # %% ../../nbs/65_train.trainer.ipynb #imports
-import gc, math, sys, time
-from contextlib import ExitStack, contextmanager
+import gc, json, math, sys, time
+from contextlib import ExitStack, closing, contextmanager
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 from ..data.loader import batch_borders, prefetch
 from ..data.shards import TokenShards
+from ..files import write_atomic
 from ..model.chunked_loss import chunked_loss_sum
 from ..model.transformer import LLaMA
 from ..parallel.data import sync_gradients
@@ -24,14 +24,20 @@ from ..parallel.tensor import check_fused, finish_gradients, parallel_loss_sum
 from ..private import skip_where
 from ..scale.flops import flops_per_token
 from . import checkpoint as ckpt
+from .console import Console, end_lines, per_byte, results
 from .guards import STOP_SIGNALS, SpikeGuard, quiet_gc, stop_on_signal, watchdog
 from .metrics import Metrics, StepInFlight, open_metrics
 from .optim import clip_grad_norm, cosine_lr, set_lr
 from .run import Trainer, open_data, save, start_run
 
+try:
+    import resource
+except ImportError:                                         # Windows
+    resource = None
+
 # %% ../../nbs/65_train.trainer.ipynb #fit
 def fit(run:Trainer,        # from `start_run`
-        progress:bool=True, # show a bar
+        progress:bool=True, # show a bar on a screen, lines in a file
        )->int:              # 0 if all steps are done, else the signal that stopped it
     """Train until the last step or until a signal; saves in both cases. Raises `UserError` where loss or
     gradient are not finite too often"""
@@ -47,6 +53,7 @@ def fit(run:Trainer,        # from `start_run`
             if is_due(run, c.save_every): checkpoint(run, log)
         if not is_due(run, c.save_every): checkpoint(run, log)         # a signal came
         run.saver.wait()
+        if run.step == c.steps: log.conclude()
     if run.step == c.steps: return 0
     run.report(f'stopped after step {run.step} of {c.steps}, saved; the same command goes on')
     return log.signals[0]
@@ -56,11 +63,13 @@ def is_due(run:Trainer, every:int)->bool:
     return run.step % every == 0 or run.step == run.config.train.steps
 
 # %% ../../nbs/65_train.trainer.ipynb #train-step
-def train_step(run:Trainer)->dict: # step, lr; and as tensors on the device loss, grad_norm and signals
+def train_step(run:Trainer)->dict: # step, lr, data_seconds; and as tensors loss, grad_norm and signals
     """One optimiser step on the next batch, without waiting for the device; one whose loss or gradient is not
     finite changes nothing"""
-    c = run.config
-    inputs, targets, borders = _to_device(run, next_batch(run))
+    c, begun = run.config, time.perf_counter()
+    batch = next_batch(run)
+    waited = time.perf_counter() - begun
+    inputs, targets, borders = _to_device(run, batch)
     count = run.total((targets != -100).sum())
     loss = accumulate(run.model, inputs, targets, c.train.micro_batch_size, run.dtype, borders, count)
     loss, *signals = run.total(torch.stack([loss, *_signals_as(loss, run.signals_received)]))
@@ -71,7 +80,8 @@ def train_step(run:Trainer)->dict: # step, lr; and as tensors on the device loss
     _step_if_finite(run.optimizer, loss, norm)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    return {'step': run.step, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'signals': signals}
+    return {'step': run.step, 'loss': loss, 'lr': lr, 'grad_norm': norm, 'signals': signals,
+            'data_seconds': waited}
 
 # %% ../../nbs/65_train.trainer.ipynb #next-batch
 def next_batch(run:Trainer)->tuple: # inputs, targets (b, t) int64 of this rank, and perhaps borders
@@ -189,7 +199,7 @@ def validation_loss(run:Trainer)->float: # nats per token, the same on every ran
 def validate(run:Trainer, log:'RunLog'):
     "Add the validation loss to the log's last row, if there is text for it"
     if not run.held_out: return
-    with log.paused(): log.amend('held_out_loss', validation_loss(run))
+    with log.paused(): log.validated(validation_loss(run))
 
 # %% ../../nbs/65_train.trainer.ipynb #checkpoint
 def checkpoint(run:Trainer, log:'RunLog'):
@@ -206,14 +216,15 @@ class RunLog:
     def __init__(self,
                  run:Trainer,
                  metrics:Metrics, # of rank 0; None on the others
-                 bar:tqdm):
-        self.run, self.metrics, self.bar = run, metrics, bar
+                 console:Console):
+        self.run, self.metrics, self.console = run, metrics, console
         self.behind = run.device.type == 'cuda'
         self.pending = None                                  # the row that is still on its way
         self.signals = []                                    # that came to any rank
         self.after_step = []                                 # what else is to be called after each step
         self.spikes = SpikeGuard(run.config.train.spike_sigmas)
-        self.clock = time.perf_counter()                     # when the last row was ready
+        self.clock = self.begun = time.perf_counter()        # when the last row was ready
+        self.first = run.step                                # steps that were done before
 
     def add(self, row:dict):
         "Take a step's row from `train_step`, and write down what is ready"
@@ -230,16 +241,14 @@ class RunLog:
         if self.metrics: self._write(numbers)
 
     def _write(self, numbers:dict):
-        "Rank 0: the row into the log, the spike guard and the bar"
+        "Rank 0: the row into the spike guard, the log and onto the console"
         loss = math.nan if numbers['loss'] is None else numbers['loss']
         spike = self.spikes.look(numbers['step'], loss)
         if spike:
             self.run.report(spike)
             numbers['spike'] = 1                              # so that a resumed run does not learn from it
         self.metrics.add(numbers)
-        speed = f'{numbers["tokens_per_second"]:,.0f} tokens/s'
-        self.bar.set_postfix_str(f'loss {loss:.3f}, {speed}', refresh=False)
-        self.bar.update()
+        self.console.step(numbers)
 
     @contextmanager
     def paused(self):
@@ -249,9 +258,19 @@ class RunLog:
         yield
         self.clock = time.perf_counter()
 
-    def amend(self, key:str, value:float):
-        "Add a number to the last row"
-        if self.metrics: self.metrics.amend(key, value)
+    def validated(self, loss:float): # nats per token
+        "Add the validation loss to the last row"
+        if not self.metrics: return
+        self.metrics.amend('held_out_loss', loss)
+        self.console.validation(self.run.step, loss, per_byte(loss, self.run.held_out))
+
+    def conclude(self):
+        "Rank 0: write and say what a finished run has reached"
+        if not self.metrics: return
+        run, seconds = self.run, time.perf_counter() - self.begun
+        found = results(run.config, run.loader, run.held_out, self.metrics.row)
+        write_atomic(run.out/'results.json', json.dumps(found, indent=1) + '\n')
+        for line in end_lines(run.out, found, run.step - self.first, seconds): run.report(line)
 
     def publish(self):
         "Rank 0: make all rows durable, and draw the curve; at the end of the run in any case"
@@ -269,6 +288,7 @@ def finish_step(run:Trainer,
     loss, norm, *signals = row['in_flight'].read()
     numbers = {'step': row['step'], 'loss': loss, 'lr': row['lr'], 'grad_norm': norm}
     numbers |= _speed(run, row['step'], seconds)
+    numbers |= {'data_seconds': row['data_seconds'], 'peak_bytes': peak_memory(run.device)}
     skipped = run.guard.look(row['step'], loss, norm)
     if skipped:
         run.report(skipped)
@@ -280,8 +300,16 @@ def _speed(run:Trainer, step:int, seconds:float)->dict:
     c = run.config
     tokens = c.data.batch_size*c.data.seq_len
     flops = tokens*flops_per_token(c.model, c.data.seq_len)/run.ranks         # of one rank
-    mfu = flops/seconds/c.train.peak_flops if c.train.peak_flops else None
-    return {'tokens': step*tokens, 'seconds': seconds, 'tokens_per_second': tokens/seconds, 'mfu': mfu}
+    mfu = flops/seconds/run.peak if run.peak else None
+    return {'tokens': step*tokens, 'epoch': step*tokens/run.loader.shards.n_tokens, 'seconds': seconds,
+            'tokens_per_second': tokens/seconds, 'mfu': mfu}
+
+def peak_memory(device:torch.device)->int|None: # bytes; None where nobody counts
+    "Most memory so far: allocated on a GPU, else of the process"
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
+    if resource is None: return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == 'darwin' else 1024*most
 
 # %% ../../nbs/65_train.trainer.ipynb #running
 @contextmanager
@@ -290,11 +318,12 @@ def running(run:Trainer, progress:bool=True):
     with ExitStack() as stack:
         enter, first = stack.enter_context, run.rank == 0
         on_all_ranks(lambda: enter(ckpt.lock_folder(run.out, run.report)) if first else None)
-        run.signals_received = enter(stop_on_signal())
+        run.signals_received = enter(stop_on_signal(progress and first))
         alive = enter(watchdog(run.config.train.hang_minutes))
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
-        bar = enter(_bar(run, progress))
-        log = RunLog(run, on_all_ranks(lambda: open_metrics(run.out, run.step) if first else None), bar)
+        console = enter(closing(Console(run.config.train.steps, run.step, progress and first)))
+        metrics = on_all_ranks(lambda: open_metrics(run.out, run.step) if first else None)
+        log = RunLog(run, metrics, console)
         if first: _go_on(log, stack)
         tidy = enter(quiet_gc())
         log.after_step = [alive, lambda: tidy(run.step), lambda: _check_compiled(run)]
@@ -310,9 +339,3 @@ def _check_compiled(run:Trainer):
     "The first step has compiled the blocks; was anything fused, if that was asked for?"
     if run.fusions_to_check is not None: check_fused(run.fusions_to_check)
     run.fusions_to_check = None
-
-def _bar(run:Trainer, progress:bool)->tqdm:
-    on_a_screen = sys.stderr.isatty() or 'ipykernel' in sys.modules
-    often = .1 if on_a_screen else 30.                                 # seconds; a log file is not a screen
-    return tqdm(total=run.config.train.steps, initial=run.step, unit='step', mininterval=often,
-                maxinterval=often, disable=not progress or run.rank > 0)
