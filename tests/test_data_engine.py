@@ -192,7 +192,8 @@ def test_what_cannot_be_read_is_counted_and_nothing_else_is_lost(tmp_path):
     assert 'line 2, is not JSON' in (tmp_path/'out'/'report.md').read_text()
 
 def test_the_reader_of_a_source_fits(tmp_path):
-    from llama_nb.data.wikipedia import clean_wikipedia, read_wikipedia, write_export
+    from llama_nb.data.mediawiki import read_wikipedia, write_export
+    from llama_nb.data.wikipedia import clean_wikipedia
     pages = [Document("'''Bold''' and [[link|linked]] words.", 'One'),
              Document('#REDIRECT [[One]]', 'Two', metadata={'redirect': 'One'})]
     (tmp_path/'dump.xml').write_bytes(b''.join(write_export(pages)))

@@ -842,7 +842,7 @@ def test_the_readers_take_what_was_fetched(quick, world, tmp_path):
     from llama_nb.data.books import read_books
     from llama_nb.data.github import read_project
     from llama_nb.data.stackexchange import site_of
-    from llama_nb.data.wikipedia import read_wikipedia, write_export
+    from llama_nb.data.mediawiki import read_wikipedia, write_export
     from llama_nb.data.documents import Document
     body = b'A title\nA page of the web.\n'
     record = (b'WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: https://example.org/\r\n'
