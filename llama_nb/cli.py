@@ -168,7 +168,7 @@ def print_span(loader,    # a Loader
 
 def print_provenance(shards, start:int, length:int):
     "Print where the documents of a stretch of tokens come from; it may go over the end of the stream"
-    from llama_nb.data.tokenize import has_provenance, provenance, provenance_text
+    from llama_nb.data.provenance import has_provenance, provenance, provenance_text
     if not has_provenance(shards):
         print('(where they come from was not kept: the shards were written without provenance)')
         return

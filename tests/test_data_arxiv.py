@@ -1,12 +1,12 @@
-"ArXiv's sources: damaged and hostile tars, encodings, random macros against their meaning, bombs."
+"ArXiv's sources: damaged and hostile tars, encodings, noise and bombs, what is cut."
 import gzip, io, random, tarfile, time, tracemalloc
 from functools import partial
 import pytest
 from llama_nb.core import UserError
 from llama_nb.data import arxiv
-from llama_nb.data.arxiv import (MAX_PAPER, ArxivRules, clean_arxiv, decode_tex, expand_macros, read_arxiv,
-                                 tar_members, tokenise)
+from llama_nb.data.arxiv import MAX_PAPER, ArxivRules, clean_arxiv, read_arxiv, tar_members
 from llama_nb.data.documents import Document
+from llama_nb.data.latex import tokenise
 from llama_nb.data.stage import PRESETS, Stage, n_bytes, preset
 
 def member(name, data=b'', kind=tarfile.REGTYPE, link=''):
@@ -150,53 +150,7 @@ def test_encodings(tmp_path, text, encoding, declared):
     assert cleaned(docs[0], preset(ArxivRules,
         'redpajama')) == ('' if encoding != 'utf-8' else '\\section{A}')
 
-# --- tokens and macros --------------------------------------------------------------------------
-
-def random_macros(rng):
-    "(LaTeX with macros, what it means): bodies use earlier macros, arguments are nested"
-    macros = []                          # (name, number of arguments, optional first?, body as a function)
-    def piece(depth, args):
-        kind = rng.random()
-        if kind < .4 or not depth: return [rng.choice(['x', 'yz', '1', ' + ', r'\alpha ', '{u}', r'\%'])]*2
-        if kind < .55 and args: return f'#{(k := rng.randrange(args) + 1)}', k
-        if kind < .85 and macros: return call(depth - 1, args)
-        parts = [piece(depth - 1, args) for _ in range(3)]
-        return ''.join(p[0] for p in parts), [p[1] for p in parts]
-    def call(depth, args):
-        i = rng.randrange(len(macros))
-        name, n, default, _ = macros[i]
-        given = [piece(depth, args) for _ in range(n)]
-        source = name
-        for k, (text, _) in enumerate(given):
-            use = k > 0 or default is None or rng.random() < .5
-            brackets = '[]' if k == 0 and default is not None else ['', '']
-            if use: source += f'{brackets[0]}{{{text}}}{brackets[1]}'
-            if k == 0: first = use
-        values = [m for _, m in given]
-        if default is not None: values[0] = ['{', values[0], '}'] if first else default
-        return source + (' ' if n else '{}'), ('call', i, values)
-    def meaning(m, values):
-        if isinstance(m, str): return m
-        if isinstance(m, int): return values[m - 1]
-        if isinstance(m, tuple): return meaning(macros[m[1]][3], [meaning(v, values) for v in m[2]])
-        return ''.join(meaning(part, values) for part in m)
-    head = ''
-    for i in range(rng.randint(1, 6)):
-        name, n = '\\m' + 'abcdef'[i], rng.randrange(4)
-        default = 'd' if n and rng.random() < .4 else None
-        body, means = piece(3, n)
-        optional = f'[{n}]' + (f'[{default}]' if default else '') if n else ''
-        plain = ''.join(f'#{k + 1}' for k in range(n))
-        head += f'\\newcommand{{{name}}}{optional}{{({body})}}\n' if default or rng.random() < .5 else \
-                f'\\def{name}{plain}{{({body})}} % old\n'
-        macros.append((name, n, default, ['(', means, ')']))
-    calls = [call(3, 0) for _ in range(4)]
-    return head + '|'.join(c[0] for c in calls), '|'.join(meaning(c[1], []) for c in calls)
-
-def test_random_macros_mean_what_they_mean():
-    for seed in range(300):
-        source, wanted = random_macros(random.Random(seed))
-        assert ''.join(expand_macros(source).split()) == ''.join(wanted.split()), (seed, source)
+# --- noise, bombs, files ------------------------------------------------------------------------
 
 PIECES = [*'\\{}#%[]12=*~@ \n', '\\a', '\\b', '\\def', '\\newcommand', '\\let', '\\a{', '#1', '\\input{a}',
     '\\fi',
@@ -291,16 +245,3 @@ def test_documents_in_are_documents_out_removed_or_reported(tmp_path):
         assert t.unread == 1 and t.documents == 19
         assert t.kept == len(kept) == (17 if name in ('redpajama', 'strict') else 18)
         for doc in kept: assert 'files' not in doc.metadata and doc.metadata['decisions']
-
-def test_another_parser_reads_what_is_left():
-    walker = pytest.importorskip('pylatexenc.latexwalker').LatexWalker
-    for seed in range(30):
-        source, _ = random_macros(random.Random(seed))
-        walker(expand_macros(source), tolerant_parsing=False).get_latex_nodes()
-
-def test_decode_never_fails():
-    rng = random.Random(0)
-    for _ in range(300):
-        text, name = decode_tex(rng.randbytes(rng.randrange(40)), rng.choice(['', 'latin1', 'hex', 'none',
-            'utf8']))
-        assert '\0' not in text and '\r' not in text and name

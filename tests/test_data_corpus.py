@@ -10,7 +10,7 @@ from llama_nb.data.corpus import (DOCUMENTS, SOURCES, Models, clean_source, find
                                   result_text, source_job, summary)
 from llama_nb.data.documents import Document, read_documents, text_id, write_jsonl
 from llama_nb.data.stage import PRESETS
-from llama_nb.data.wikipedia import write_export
+from llama_nb.data.mediawiki import write_export
 
 NONE = Models('none', 'none', 'none')
 PROSE = ['The river rises in the hills and flows past the old mill.',

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.data.documents import Document, read_documents, read_file, write_jsonl
-from llama_nb.data.engine import Job, fingerprint, run_job, run_share, summary
+from llama_nb.data.engine import Job, describe, fingerprint, run_job, run_share, summary
 
 MODULE = '''
 import os, resource, signal, sys, time
@@ -192,7 +192,8 @@ def test_what_cannot_be_read_is_counted_and_nothing_else_is_lost(tmp_path):
     assert 'line 2, is not JSON' in (tmp_path/'out'/'report.md').read_text()
 
 def test_the_reader_of_a_source_fits(tmp_path):
-    from llama_nb.data.wikipedia import clean_wikipedia, read_wikipedia, write_export
+    from llama_nb.data.mediawiki import read_wikipedia, write_export
+    from llama_nb.data.wikipedia import clean_wikipedia
     pages = [Document("'''Bold''' and [[link|linked]] words.", 'One'),
              Document('#REDIRECT [[One]]', 'Two', metadata={'redirect': 'One'})]
     (tmp_path/'dump.xml').write_bytes(b''.join(write_export(pages)))
@@ -325,3 +326,27 @@ def test_the_records_hold_digests(place, calm):
     record = json.loads((place/'calm'/'records'/'00.jsonl.json').read_text())
     assert len(record['input']['sha256']) == len(record['output']['sha256']) == len(record['job']) == 64
     assert record['tallies']['shout']['documents'] == record['output']['documents'] == N_DOCS
+
+def test_code_of_a_module_that_a_cleaner_uses_makes_another_job(tmp_path, monkeypatch):
+    "Of the same package only: what else is installed is for the version of the package to say"
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path/'cleaners_of_a_test'
+    package.mkdir()
+    sources = {'__init__': '', 'used': 'def strip(text): return text.strip()\n', 'unused': 'x = 1\n',
+               'clean': 'import os\nfrom .used import strip\ndef clean(doc): return strip(doc)\n'}
+    for name, text in sources.items(): (package/f'{name}.py').write_text(text)
+    clean = __import__('cleaners_of_a_test.clean', fromlist=['clean']).clean
+    first = describe(clean)
+    assert first['function'] == 'cleaners_of_a_test.clean.clean'
+    (package/'unused.py').write_text('x = 2\n')
+    assert describe(clean) == first
+    (package/'used.py').write_text('def strip(text): return text.lower()\n')
+    assert describe(clean)['code'] != first['code']
+
+def test_arxiv_depends_on_the_expansion_of_macros(monkeypatch):
+    from llama_nb.data import engine, latex
+    from llama_nb.data.arxiv import clean_arxiv
+    read = []
+    monkeypatch.setattr(engine, 'file_digest', lambda path: read.append(str(path)) or 'x')
+    describe(clean_arxiv)
+    assert latex.__file__ in read

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from llama_nb.core import TemporaryError, UserError, is_temporary
 from llama_nb.cli import main
-from llama_nb.data import fetch
-from llama_nb.data.fetch import Fetcher, Remote
+from llama_nb.data import download, fetch
+from llama_nb.data.download import Fetcher, Remote
 
 pytest.importorskip('urllib3')
 DATA = random.Random(0).randbytes(200_000)
@@ -219,7 +219,7 @@ def test_it_goes_on_only_with_a_version_to_rely_on(site, patient, tmp_path, etag
 def test_a_whole_part_only_needs_its_name(site, patient, tmp_path):
     "As after a crash between the last byte and the rename"
     address = site.put('/a', DATA)
-    part = fetch._Part(tmp_path/'parts', 'a.bin')
+    part = download._Part(tmp_path/'parts', 'a.bin')
     part.begin(address, '"1"', len(DATA))
     part.path.write_bytes(DATA)
     patient.fetch(remote(address), tmp_path/'out', tmp_path/'parts')
@@ -237,7 +237,7 @@ def test_a_damaged_note_begins_anew(site, patient, tmp_path, said):
 
 def test_a_part_longer_than_the_file_begins_anew(site, patient, tmp_path):
     address = site.put('/a', DATA[:100])
-    part = fetch._Part(tmp_path/'parts', 'a.bin')
+    part = download._Part(tmp_path/'parts', 'a.bin')
     part.begin(address, '"1"', 0)
     part.path.write_bytes(DATA)
     patient.fetch(remote(address), tmp_path/'out', tmp_path/'parts')
@@ -389,9 +389,9 @@ def test_a_redirect_leads_to_the_web_only(site, patient, tmp_path, to):
 
 def test_a_redirect_does_not_leave_the_secure_web():
     with pytest.raises(UserError):
-        fetch._follow('https://example.org/a', 'http://example.org/a')
-    assert fetch._follow('https://example.org/a', '/b') == 'https://example.org/b'
-    assert fetch._follow('http://example.org/a', 'https://example.org/b') == 'https://example.org/b'
+        download._follow('https://example.org/a', 'http://example.org/a')
+    assert download._follow('https://example.org/a', '/b') == 'https://example.org/b'
+    assert download._follow('http://example.org/a', 'https://example.org/b') == 'https://example.org/b'
 
 @pytest.mark.parametrize('status', [429, 500, 502, 503, 504, 408])
 def test_a_server_that_asks_for_time_gets_it(site, patient, tmp_path, status):
@@ -438,7 +438,7 @@ def test_a_server_that_is_silent(site, patient, tmp_path, monkeypatch):
     def silent(handler, site):
         handler.head(200, Content_Length=len(DATA), ETag='"1"')
         done.wait(10)
-    monkeypatch.setattr(fetch, '_SILENCE', .05)
+    monkeypatch.setattr(download, '_SILENCE', .05)
     site.acts, patient.retries = [silent]*2, 1
     with pytest.raises(TemporaryError, match='does not answer in time'):
         get(patient, site, tmp_path)
@@ -446,7 +446,7 @@ def test_a_server_that_is_silent(site, patient, tmp_path, monkeypatch):
 
 def test_pauses_between_requests(site, tmp_path, monkeypatch):
     "What a host asks for lies between the beginnings of its requests, also those that follow a failure"
-    monkeypatch.setitem(fetch.DELAYS, '127.0.0.1', 100)
+    monkeypatch.setitem(download.DELAYS, '127.0.0.1', 100)
     now, begins = [0.], []
     def sleep(s): now[0] += s
     web = Fetcher(sleep=sleep, now=lambda: now[0], report=lambda line: None)
@@ -472,7 +472,7 @@ def test_pauses_grow_and_differ(site, patient, tmp_path):
 
 def test_progress_resets_the_count_but_a_server_that_starts_over_does_not(site, patient, tmp_path,
                                                                           monkeypatch):
-    monkeypatch.setattr(fetch, '_PROGRESS', 10_000)
+    monkeypatch.setattr(download, '_PROGRESS', 10_000)
     site.acts = [cut(10_000)]*19
     get(patient, site, tmp_path)       # 19 failures, each with progress
     assert (tmp_path/'out'/'a.bin').read_bytes() == DATA
@@ -542,7 +542,7 @@ class Full(io.FileIO):
 
 def test_a_disk_that_is_full(site, patient, tmp_path, monkeypatch):
     def narrow(path, mode='r', **kw): return Full(path, 'a') if mode == 'ab' else open(path, mode, **kw)
-    monkeypatch.setattr(fetch, 'open', narrow, raising=False)
+    monkeypatch.setattr(download, 'open', narrow, raising=False)
     with pytest.raises(TemporaryError, match='No space left') as e:
         get(patient, site, tmp_path)
     assert 'a.bin' in one_line(e.value) and not (tmp_path/'out').exists()
@@ -551,7 +551,7 @@ def test_a_disk_that_is_full(site, patient, tmp_path, monkeypatch):
     assert (tmp_path/'out'/'a.bin').read_bytes() == DATA and site.ranges()[1].startswith('bytes=')
 
 def test_a_disk_without_room_is_told_before_anything_comes(site, patient, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch.shutil, 'disk_usage', lambda path: type('', (), {'free': 1000}))
+    monkeypatch.setattr(download.shutil, 'disk_usage', lambda path: type('', (), {'free': 1000}))
     with pytest.raises(TemporaryError, match='has room for 1,000 bytes'):
         get(patient, site, tmp_path)
     assert [*tmp_path.rglob('*.part')] == []
@@ -595,7 +595,7 @@ def test_any_sequence_of_failures_ends_in_the_bytes_or_in_one_line(site, patient
     else:
         assert (out/'a.bin').read_bytes() in whole and [*parts.iterdir()] == []
     site.acts, site.sent, asked = [], 0, len(site.asked)
-    part = fetch._Part(parts, 'a.bin')
+    part = download._Part(parts, 'a.bin')
     kept, same = part.size, part.version().get('validator') == site.files['/a'][1]['ETag']
     now = site.files['/a'][0]
     if kept and same: assert part.path.read_bytes() == now[:kept]       # the beginning of that version
@@ -842,7 +842,7 @@ def test_the_readers_take_what_was_fetched(quick, world, tmp_path):
     from llama_nb.data.books import read_books
     from llama_nb.data.github import read_project
     from llama_nb.data.stackexchange import site_of
-    from llama_nb.data.wikipedia import read_wikipedia, write_export
+    from llama_nb.data.mediawiki import read_wikipedia, write_export
     from llama_nb.data.documents import Document
     body = b'A title\nA page of the web.\n'
     record = (b'WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: https://example.org/\r\n'
@@ -867,7 +867,7 @@ def test_the_readers_take_what_was_fetched(quick, world, tmp_path):
 
 def test_a_package_that_is_missing(tmp_path, monkeypatch, capsys):
     def missing(name, needs): raise UserError(f"{needs} the {name} package: pip install 'llama_nb[data]'")
-    monkeypatch.setattr(fetch, 'extra_module', missing)
+    monkeypatch.setattr(download, 'extra_module', missing)
     assert main(['data', 'fetch', 'books', str(tmp_path)]) == 2
     assert 'fetching needs the urllib3 package' in capsys.readouterr().err
 

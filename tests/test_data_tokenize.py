@@ -11,9 +11,9 @@ from llama_nb.data import executors, tokenize
 from llama_nb.data.documents import (Document, is_held_out, read_documents, split_documents, topic_documents,
                                      write_jsonl)
 from llama_nb.data.engine import Job, run_job
+from llama_nb.data.provenance import BLOCK, provenance, provenance_text, verify_provenance
 from llama_nb.data.shards import TokenShards, document_tokens, write_shards
-from llama_nb.data.tokenize import (SIDES, input_files, join_data, join_shards, provenance, tokenise,
-                                    verify_provenance, work_units)
+from llama_nb.data.tokenize import SIDES, input_files, join_data, join_shards, tokenise, work_units
 from llama_nb.data.tokenizer import Tokenizer
 
 @pytest.fixture(scope='module')
@@ -367,11 +367,11 @@ def test_every_token_leads_to_its_document(texts, tokenizer, tmp_path, limit):
         with pytest.raises(IndexError): provenance(shards, wrong)
 
 def test_many_documents_go_into_several_blocks(tokenizer, tmp_path):
-    n = 3*tokenize.BLOCK
+    n = 3*BLOCK
     write_jsonl((Document('x', f'{i}', url=f'u{i}') for i in range(n)), tmp_path/'in.jsonl')
     made, _ = tokenise(tmp_path/'in.jsonl', tokenizer, tmp_path/'out', .01, workers=1)
     shards = made['train']
-    assert shards.n_documents > 2*tokenize.BLOCK
+    assert shards.n_documents > 2*BLOCK
     for p in range(0, shards.n_tokens, 7):
         found = provenance(shards, p)
         assert found.url == f'u{found.document}'
@@ -382,7 +382,7 @@ def test_decisions_of_a_user_may_be_anything(tokenizer, tmp_path, decisions, cap
     docs = [Document(f'text {i}', f'{i}', metadata={'decisions': decisions}) for i in range(40)]
     write_jsonl(docs, tmp_path/'in.jsonl')
     made, _ = tokenise(tmp_path/'in.jsonl', tokenizer, tmp_path/'out', .1, workers=1)
-    assert '0' in tokenize.provenance_text(provenance(made['train'], 0))
+    assert '0' in provenance_text(provenance(made['train'], 0))
 
 # --- joined --------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ __all__ = ['Job', 'run_documents', 'describe', 'job_description', 'is_address', 
            'same_input', 'check_inputs', 'claim_folder', 'run_job', 'run_share', 'report_text', 'summary']
 
 # %% ../../nbs/71_data.engine.ipynb #imports
-import functools, inspect, json, os
+import functools, inspect, json, os, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -42,16 +42,24 @@ def _settings(value): # what JSON can hold
     if inspect.isfunction(value) or isinstance(value, functools.partial): return describe(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
+def _code(function)->str: # digest
+    "Of a function's module, and of the modules of its package from which that takes names"
+    file = inspect.getsourcefile(function)
+    if not file or not Path(file).exists():                      # a notebook's cell has no file
+        return bytes_digest(inspect.getsource(function).encode())
+    package = function.__module__.rpartition('.')[0] + '.'
+    taken = {str(getattr(value, '__module__', '')) for value in vars(inspect.getmodule(function)).values()}
+    others = {inspect.getsourcefile(sys.modules[name]) for name in taken if name.startswith(package)}
+    return bytes_digest(''.join(map(file_digest, sorted({file} | others))).encode())
+
 def describe(function)->dict: # JSON
-    "A function, or a `functools.partial` of one, with its settings and a digest of its module's code"
+    "A function, or a `functools.partial` of one, with its settings and a digest of its code"
     settings = {}
     if isinstance(function, functools.partial):
         settings = {'arguments': _settings(function.args), **_settings(function.keywords)}
         function = function.func
-    module = inspect.getsourcefile(function)
-    whole = module and Path(module).exists()                     # a notebook's cell has no file
-    code = file_digest(module) if whole else bytes_digest(inspect.getsource(function).encode())
-    return {'function': f'{function.__module__}.{function.__qualname__}', 'code': code, 'settings': settings}
+    return {'function': f'{function.__module__}.{function.__qualname__}', 'code': _code(function),
+            'settings': settings}
 
 def job_description(job:Job)->dict: # JSON
     "All that decides what a job makes of a file"
