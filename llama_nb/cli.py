@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'print_shards', 'Join', 'Show',
-           'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'train', 'open_run', 'newest', 'Generate',
+           'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'train', 'read_prompts', 'Generate', 'Eval',
            'Convert', 'PlanCommand', 'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
-import os, sys
+import json, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 import tyro
@@ -261,55 +261,96 @@ def train(args:list[str])->int: # exit code
     stop_ranks()
     return 128 + stopped if stopped else 0
 
-# %% ../nbs/92_cli.ipynb #open-run
-def open_run(folder,            # of a run
-             device:str='auto'
-            )->tuple:           # LLaMA, Tokenizer
-    "Model and tokenizer of the newest intact checkpoint of a run. Raises `UserError` if there is none"
-    from llama_nb.data.tokenizer import Tokenizer
-    from llama_nb.model.transformer import LLaMA
-    from llama_nb.train.checkpoint import load_checkpoint
-    folder, path = Path(folder), newest(folder)
-    model = LLaMA(load_run(folder/'config.toml').model)
-    tensors = load_checkpoint(path, parts=('model',), digests=False)[0]    # `newest` has compared them
-    model.load_state_dict(tensors['model'])
-    return model.to(pick_device(device)), Tokenizer(folder/'tokenizer.model')
-
-def newest(folder)->Path:
-    "The newest intact checkpoint of a run. Raises `UserError` if there is none"
-    from llama_nb.train.checkpoint import latest_checkpoint
-    folder = Path(folder)
-    if not (folder/'config.toml').exists():
-        raise UserError(f'{folder} is not the folder of a run: no config.toml in it')
-    path = latest_checkpoint(folder/'checkpoints', report=lambda line: print(line, file=sys.stderr))
-    if path is None: raise UserError(f'{folder} has no checkpoint yet; train it first')
-    return path
+# %% ../nbs/92_cli.ipynb #read-prompts
+def read_prompts(path:str # of a file; `-` is standard input
+                )->list[str]:
+    "Its lines without the blank ones, each a prompt. Raises `UserError`"
+    data = sys.stdin.buffer.read() if path == '-' else Path(path).read_bytes()
+    try:
+        lines = data.decode('utf-8').replace('\r\n', '\n').split('\n')
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}') from None
+    prompts = [line for line in lines if line.strip()]
+    if prompts: return prompts
+    raise UserError(f'{path} has no prompts; write one per line')
 
 # %% ../nbs/92_cli.ipynb #generate-command
 @dataclass(frozen=True)
 class Generate:
-    "Continue a prompt with the model of a run"
-    folder:tyro.conf.Positional[str]                    # run folder, for example runs/toy
-    prompt:str='def '                                   # text to continue
+    "Continue prompts with the model of a run"
+    folder:tyro.conf.Positional[str]                    # run folder, as runs/toy, or a checkpoint's in it
+    prompt:tuple[str, ...]=()                           # texts to continue; without any: 'def '
+    prompts:str=''                                      # file with a prompt per line; - is standard input
+    n:int=setting(1, max=2**20)                         # samples of each prompt
     max_new_tokens:int=100                              # most tokens to generate
     temperature:float=setting(0.8, zero=True, min=1e-3, max=1e3)  # of the softmax; 0 is greedy decoding
     top_p:float=setting(0.95, above=0, max=1)           # nucleus sampling: probability of the kept tokens
-    seed:int=setting(-1, min=-1, max=2**63 - 1)         # the same seed gives the same text; -1 draws one
+    top_k:int=setting(0, zero=True)                     # keep so many of the most likely tokens; 0: all
+    seed:int=setting(-1, min=-1, max=2**63 - 1)         # the same seed gives the same texts; -1 draws one
     device:str='auto'                                   # auto, cpu, cuda, mps
+    json:tyro.conf.UseCounterAction[int]=0              # a line of JSON per sample, for programs
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.n > 1 and self.temperature == 0:
+            raise UserError('greedy decoding gives one text per prompt; set a temperature above 0, or n to 1')
+
+    def run(self)->int: # exit code
+        from llama_nb.infer.load import open_run
+        texts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())] or ['def ']
+        model, tokenizer = open_run(self.folder, self.device)
+        if len(texts) == self.n == 1 and not self.json:
+            self.stream(model, tokenizer, texts[0])
+        else:
+            self.print_samples(model, tokenizer, texts)
+        return 0
+
+    def settings(self, tokenizer)->dict: # as `generate` takes them
+        return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
+                    top_k=self.top_k, seed=None if self.seed < 0 else self.seed, eos_id=tokenizer.eos_id)
+
+    def stream(self, model, tokenizer, text:str):
+        "Print one text while it is written"
+        from llama_nb.infer.generate import check_request, generate_steps, stream_text
+        prompt = tokenizer.encode(text)
+        check_request(model, [prompt], self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+        steps = generate_steps(model, [prompt], **self.settings(tokenizer))
+        print(text, end='', flush=True)
+        for part in stream_text(tokenizer, prompt, (ids[0] for ids in steps)): print(part, end='', flush=True)
+        print()
+
+    def print_samples(self, model, tokenizer, texts:list[str]):
+        "Print all samples of all prompts, a batch at a time"
+        from llama_nb.infer.generate import generate_batches, stream_text
+        asked = [(text, i) for text in texts for i in range(1, self.n + 1)]
+        prompts = [tokenizer.encode(text) for text, _ in asked]
+        batches = generate_batches(model, prompts, **self.settings(tokenizer))
+        rows = (row for batch in batches for row in batch)
+        for (text, i), prompt, row in zip(asked, prompts, rows):
+            new = ''.join(stream_text(tokenizer, prompt, row))
+            if self.json:
+                shown = json.dumps({'prompt': text, 'sample': i, 'text': new}, ensure_ascii=False)
+            else:
+                shown = f'--- {text!r}, sample {i} of {self.n}\n{text}{new}\n'
+            print(shown, flush=True)
+
+# %% ../nbs/92_cli.ipynb #eval-command
+@dataclass(frozen=True)
+class Eval:
+    "Measure a trained model on text: nats per token, perplexity, bits per byte; zlib's beside it"
+    run_path:tyro.conf.Positional[str] # run folder (its newest checkpoint), or that of a checkpoint in it
+    text:tuple[str, ...]=()          # files or folders of text; default: all of the run's held-out shards
+    tokens:str=''                    # instead: folder of shards, or mixture (TOML), of the same tokenizer
+    all:tyro.conf.UseCounterAction[int]=0             # every checkpoint that was kept
+    stride:int=setting(0, zero=True, max=2**24)       # tokens from window to window; 0: no overlap
+    device:str='auto'                # auto, cpu, cuda, mps
+    json:tyro.conf.UseCounterAction[int]=0            # one JSON object, for programs
 
     def __post_init__(self): check_fields(self)
 
     def run(self)->int: # exit code
-        from llama_nb.infer.generate import check_request, generate_steps, stream_text
-        model, tokenizer = open_run(self.folder, self.device)
-        prompt, seed = tokenizer.encode(self.prompt), None if self.seed < 0 else self.seed
-        request = [prompt], self.max_new_tokens, self.temperature, self.top_p
-        check_request(model, *request)
-        steps = generate_steps(model, *request, seed, tokenizer.eos_id)
-        print(self.prompt, end='', flush=True)
-        for text in stream_text(tokenizer, prompt, (ids[0] for ids in steps)): print(text, end='', flush=True)
-        print()
-        return 0
+        from llama_nb.infer.evaluate import answer
+        return answer(self)
 
 # %% ../nbs/92_cli.ipynb #convert-command
 @dataclass(frozen=True)
@@ -319,6 +360,7 @@ class Convert:
     out:tyro.conf.Positional[str]    # file to write; must not exist yet
 
     def run(self)->int: # exit code
+        from llama_nb.infer.load import newest
         from llama_nb.train.checkpoint import consolidate
         source, out = Path(self.source), Path(self.out)
         if out.suffix != '.safetensors': raise UserError(f'{out} must end in .safetensors')
@@ -366,7 +408,7 @@ class PlanCommand:
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
             'data fetch': Fetch, 'data mini': Mini, 'data join': Join, 'data show': Show, 'train': train,
-            'generate': Generate, 'convert': Convert, 'plan': PlanCommand}
+            'generate': Generate, 'eval': Eval, 'convert': Convert, 'plan': PlanCommand}
 
 def usage()->str:
     "What `llama-nb --help` prints"

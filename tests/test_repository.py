@@ -77,6 +77,8 @@ BELOW['train'] = [*BELOW['parallel'], 'parallel', 'data', 'scale']
 BELOW['scale.dryrun'] = [*BELOW['train'], 'train']            # does what the training does
 BELOW |= {'infer': [*GROUND, 'data', 'model'], 'eval': [*GROUND, 'data', 'model', 'infer'],
           'interop': [*GROUND, 'data', 'model']}
+for page in ('infer.load', 'infer.evaluate'):  # read what a run has written, and measure as it does
+    BELOW[page] = [*BELOW['train'], 'train']
 TOP = {'toy', 'cli', '__main__'}
 FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers',
            'pytest', 'nbformat', 'nbclient', 'nbconvert'}

@@ -173,6 +173,7 @@ From {here}:
 
     llama-nb train {out}/config.toml                goes on where the run stopped
     llama-nb generate {out} --prompt "Once"         continues a text
+    llama-nb eval {out}                             bits per byte on the held-out text
     llama-nb data show {out} --batch 0              the text of a batch
     llama-nb convert {out} model.safetensors        the weights in one file
 '''
@@ -211,4 +212,5 @@ def end_lines(out,           # the run's folder
         loss = results['validation_loss']
         lines.append(f'validation {loss:.3f} nats per token, perplexity {math.exp(loss):,.1f}, '
                      f'{results["bits_per_byte"]:.3f} bits per byte')
-    return [*lines, f'next       llama-nb generate {out} --prompt "..."; README.md in the folder says more']
+    return [*lines, f'next       llama-nb generate {out} --prompt "...", llama-nb eval {out}; '
+                    'README.md in the folder says more']
