@@ -140,7 +140,7 @@ def test_samples_depend_on_seed_and_prompt_alone(run, llama_nb):
     assert [(row['prompt'], row['sample']) for row in many] == [(p, i) for p in ('class', 'x = ')
                                                                  for i in range(1, 21)]
     assert samples('--seed', '1', '--prompt', 'x = ', '--n', '3') == many[20:23]
-    assert len({row['text'] for row in many[:20]}) > 10
+    assert len({row['text'] for row in many[:20]}) == 20          # in the second batch, too
     assert samples('--seed', '2', '--prompt', 'class') != many[:1]
     code, text, _ = llama_nb('generate', run, '--max-new-tokens', '12', '--device', 'cpu', '--seed', '1',
                              '--prompt', 'class')
