@@ -36,6 +36,14 @@ def test_a_help_text_loads_neither_pytorch_nor_trainer(args, costly):
     assert {'llama_nb.cli', 'llama_nb.config', 'tyro'} <= found and 'torch' not in found
     assert 'llama_nb.train' in costly and not found & costly
 
+def test_the_package_offers_its_names_without_pytorch():
+    "`import llama_nb` and `dir` load nothing; one star takes all that is offered"
+    found = loaded('import sys, llama_nb\nassert {"LLaMA", "PRESETS", "generate"} <= set(dir(llama_nb))\n'
+                   'llama_nb.PRESETS["7B"]')
+    assert 'llama_nb.config' in found and 'torch' not in found
+    found = loaded('import sys\nfrom llama_nb import *\nfit, LLaMA(PRESETS["toy"])')
+    assert 'llama_nb.train.trainer' in found
+
 def test_a_process_that_cleans_text_starts_without_pytorch():
     "A hundred of them may start at once, and each would wait for it"
     names = 'archive arxiv books c4 classify commoncrawl engine github ngram stackexchange wikipedia'.split()
