@@ -37,7 +37,7 @@ setup(
     license='Apache-2.0',
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
-    package_dir={'': '.'},      # `pip install -e .` then writes a path, which type checkers and editors follow
+    package_dir={'': '.'},   # `pip install -e .` then writes a path, which editors and type checkers follow
     package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split() + linux_x86,
     extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'cluster': cluster},
