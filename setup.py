@@ -37,6 +37,8 @@ setup(
     license='Apache-2.0',
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
+    package_dir={'': '.'},   # `pip install -e .` then writes a path, which editors and type checkers follow
+    package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split() + linux_x86,
     extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'cluster': cluster},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -251,12 +251,13 @@ def train(args:list[str])->int: # exit code
     if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
         from llama_nb.scale.dryrun import dry_run_command
         return dry_run_command(args)
+    if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
+    path, settings = ('', args) if args[0].startswith('-') else (args[0], args[1:])
+    config = load_run(path, settings)      # a mistake in it need not wait for PyTorch
     from llama_nb.parallel.processes import stop_ranks
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run
-    if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
-    path, settings = ('', args) if args[0].startswith('-') else (args[0], args[1:])
-    run = prepare_run(start_run(load_run(path, settings)))
+    run = prepare_run(start_run(config))
     stopped = fit(run)
     stop_ranks()
     return 128 + stopped if stopped else 0

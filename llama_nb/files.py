@@ -7,7 +7,7 @@ __all__ = ['DISK_FULL', 'bytes_digest', 'file_digest', 'fsync_file', 'fsync_fold
            'publish_folder', 'remove', 'publishing', 'held']
 
 # %% ../nbs/91_files.ipynb #imports
-import errno, hashlib, os, secrets, shutil, tempfile
+import errno, hashlib, os, secrets, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,10 +91,10 @@ def publishing(final): # the name of a folder that shall appear
     error comes, nothing of it stays. Raises `OSError`"""
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=final.parent, prefix=f'.tmp-{final.name}-'))
+    tmp = final.with_name(f'.tmp-{final.name}-{secrets.token_hex(4)}')
+    tmp.mkdir()                             # `mkdtemp` would make one for its owner alone
     try:
         yield tmp
-        tmp.chmod(0o755)                    # as other folders; `mkdtemp` makes one for its owner alone
         publish_folder(tmp, final)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -30,11 +30,19 @@ def costly():
     "What is costly and not loaded by PyTorch itself, whatever its version"
     return COSTLY - loaded(TORCH)
 
-@pytest.mark.parametrize('args', [('--help',), ('data', '--help')])
+@pytest.mark.parametrize('args', [('--help',), ('data', '--help'), ('train', '--help')])
 def test_a_help_text_loads_neither_pytorch_nor_trainer(args, costly):
     found = loaded(COMMAND, *args)
     assert {'llama_nb.cli', 'llama_nb.config', 'tyro'} <= found and 'torch' not in found
     assert 'llama_nb.train' in costly and not found & costly
+
+def test_the_package_offers_its_names_without_pytorch():
+    "`import llama_nb` and `dir` load nothing; one star takes all that is offered"
+    found = loaded('import sys, llama_nb\nassert {"LLaMA", "PRESETS", "generate"} <= set(dir(llama_nb))\n'
+                   'llama_nb.PRESETS["7B"]')
+    assert 'llama_nb.config' in found and 'torch' not in found
+    found = loaded('import sys\nfrom llama_nb import *\nfit, LLaMA(PRESETS["toy"])')
+    assert 'llama_nb.train.trainer' in found
 
 def test_a_process_that_cleans_text_starts_without_pytorch():
     "A hundred of them may start at once, and each would wait for it"

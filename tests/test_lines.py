@@ -69,6 +69,27 @@ def python_files():
     named = ('setup.py', 'tests/*.py', 'tools/*.py', 'benchmarks/*.py', 'docs/*.py', 'nbs/*.ipynb')
     return [path for name in named for path in sorted(ROOT.glob(name))]
 
+# --- a default of None is said in the annotation -------------------------------------------------
+
+def hidden_nones(source):
+    "(line, name) of parameters such as `x:int=None`, which a type checker takes for an int"
+    functions = [n.args for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+    for a in functions:
+        plain = [*a.posonlyargs, *a.args]
+        defaults = [*zip(plain[len(plain) - len(a.defaults):], a.defaults), *zip(a.kwonlyargs, a.kw_defaults)]
+        yield from ((x.lineno, x.arg) for x, default in defaults
+                    if x.annotation and isinstance(default, ast.Constant) and default.value is None
+                    and 'None' not in ast.unparse(x.annotation))
+
+@pytest.mark.parametrize('source, names', [
+    ('def f(x:int=None): pass', ['x']), ('def f(x:int|None=None, y=None, z:int=0): pass', []),
+    ('def f(a, *, b:"Tensor"=None, c:"Tensor|None"=None): pass', ['b'])])
+def test_a_hidden_none_is_seen(source, names): assert [name for _, name in hidden_nones(source)] == names
+
+@pytest.mark.parametrize('path', python_files(), ids=lambda p: p.name)
+def test_a_default_of_none_is_in_the_annotation(path):
+    assert [found for source in sources(path) for found in hidden_nones(source)] == []
+
 @pytest.mark.parametrize('path', python_files(), ids=lambda p: p.name)
 def test_one_statement_a_line(path):
     found = [line for source in sources(path) for line in crowded(source)]

@@ -1,5 +1,5 @@
 "The repository as a whole: nothing differs from what the notebooks export, and imports point one way."
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -31,6 +31,7 @@ def drift(root, tmp):
     for tool in ('nbdev_clean', 'nbdev_export'):
         code, text = run(BIN/tool, cwd=work)
         assert code == 0, text
+    (work/'llama_nb'/'py.typed').touch()        # the one file of the package that no page makes
     code, text = run(sys.executable, work/'tools'/'readme.py', cwd=work)
     assert code == 0, text
     made, there = files(work), files(copy_of(root, tmp/'there'))
@@ -271,6 +272,35 @@ def test_a_venv_of_another_python_is_never_used_in_silence(make):
     assert (code != 0 and not installed
             and '.venv has Python 3.11.7, ./other is Python 3.12.1: make clean' in text)
     assert make('PYTHON=./same')[0] == 0
+
+# --- what `python -m build` makes: an sdist, and from nothing else a wheel ------------------------------
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "Names in the sdist, the folder at its top left out, and names in the wheel; nothing is fetched for them"
+    tmp = tmp_path_factory.mktemp('built')
+    def build(kind, source):
+        call = f'from setuptools import build_meta\nbuild_meta.build_{kind}({str(tmp)!r})'
+        code, text = run(sys.executable, '-c', call, cwd=source)
+        assert code == 0, text
+    build('sdist', copy_of(ROOT, tmp/'checkout'))
+    with tarfile.open(next(tmp.glob('*.tar.gz'))) as f:
+        f.extractall(tmp/'unpacked', filter='data')
+    source = next((tmp/'unpacked').iterdir())
+    sdist = set(files(source))
+    build('wheel', source)
+    with zipfile.ZipFile(next(tmp.glob('*.whl'))) as f: return sdist, set(f.namelist())
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    package = {f'llama_nb/{name}' for name in files(ROOT/'llama_nb')}
+    assert {'llama_nb/__init__.py', 'llama_nb/py.typed', 'llama_nb/model/transformer.py'} <= package
+    assert {name for name in built[1] if '.dist-info/' not in name} == package
+
+def test_the_sdist_holds_what_builds_and_runs(built):
+    "Notebooks and tests stay in the repository; half of them would be of no use"
+    needed = {'setup.py', 'settings.ini', 'README.md', 'LICENSE', 'configs/7B.toml', 'llama_nb/py.typed'}
+    assert needed <= built[0]
+    assert not [name for name in built[0] if name.startswith(('tests/', 'nbs/'))]
 
 # --- what ran on which version ------------------------------------------------------------------
 

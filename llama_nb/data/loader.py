@@ -176,13 +176,13 @@ class _Batches(Dataset):
             return e
 
 def prefetch(loader:Loader,
-             start:int, stop:int, # batches start .. stop-1
+             start:int, stop:int,  # batches start .. stop-1
              rank:int=0, world_size:int=1,
-             ahead:int=2,         # batches that a worker process reads in advance; 0: no such process
-             pin:bool=False,      # in memory from which a GPU can copy by itself
-             bos_id:int=None,     # if given, it begins documents, and their borders come with the batch
+             ahead:int=2,          # batches that a worker process reads in advance; 0: no such process
+             pin:bool=False,       # in memory from which a GPU can copy by itself
+             bos_id:int|None=None, # if given, it begins documents, and their borders come with the batch
              micro_batch_size:int=1, # sequences in one forward pass, for the borders
-            ):                    # iterator of (inputs, targets), (b/world_size, t) int64, or with borders
+            ):                     # iterator of (inputs, targets), (b/world_size, t) int64, or with borders
     """The batches of a rank, one after the other, with `batch_borders` if there is a `bos_id`.
 
     Raises what `Loader.batch` raises"""

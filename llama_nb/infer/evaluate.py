@@ -86,7 +86,7 @@ def score(model,                  # a LLaMA
           seq_len:int,            # t, tokens in a window
           stride:int=0,           # tokens from one window to the next; 0: t
           dtype:torch.dtype=torch.float32, # of the matrix multiplications
-          bos_id:int=None,        # if given, documents that begin with it do not see each other
+          bos_id:int|None=None,   # if given, documents that begin with it do not see each other
           progress:bool=False,    # a bar
          )->Score:
     "The loss of a model over all of a text. Raises `UserError` for a text of one token, or a wrong stride"

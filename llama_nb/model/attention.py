@@ -17,9 +17,10 @@ class Attention(nn.Module):
     def __init__(self,
                  dim:int,     # d
                  n_heads:int, # h, divides d
+                 backend:str='auto', # of `attend`: reference, sdpa, xformers
                 ):
         super().__init__()
-        self.head_dim, self.backend = dim//n_heads, 'auto'
+        self.head_dim, self.backend = dim//n_heads, backend
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self,
@@ -29,6 +30,7 @@ class Attention(nn.Module):
                 visible:Tensor|None=None, # (b, s) bool, keys that may be looked at
                 borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens
                )->Tensor:                 # (b, t, d)
+        "(b, t, d) -> (b, t, d): what each token takes from itself and those before it"
         q, k, v = (w(x) for w in (self.wq, self.wk, self.wv))
         q, k, v = (rearrange(x, 'b t (h k) -> b t h k', k=self.head_dim) for x in (q, k, v))
         q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)

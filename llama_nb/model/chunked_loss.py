@@ -108,13 +108,13 @@ def chunk_tokens(d:int # width of the stream
     return max(512, d//2)
 
 # %% ../../nbs/41_model.chunked_loss.ipynb #chunked-loss-sum
-def chunked_loss_sum(hidden:Tensor,         # (b, t, d) the stream after the last norm
-                     weight:Tensor,         # (v, d) the output matrix
-                     targets:Tensor,        # (b, t) int64
-                     chunk:int=None,        # tokens whose logits are in memory at a time, or `chunk_tokens`
-                     ignore_index:int=-100, # targets with this value do not count
-                     compiler:str=None,     # backend of `torch.compile` for what is not multiplied, on a GPU
-                    )->Tensor:              # scalar float32, sum of -ln p over the targets, in nats
+def chunked_loss_sum(hidden:Tensor,          # (b, t, d) the stream after the last norm
+                     weight:Tensor,          # (v, d) the output matrix
+                     targets:Tensor,         # (b, t) int64
+                     chunk:int|None=None,    # tokens whose logits are in memory at a time, or `chunk_tokens`
+                     ignore_index:int=-100,  # targets with this value do not count
+                     compiler:str|None=None, # backend of `torch.compile` for what is not multiplied, on a GPU
+                    )->Tensor:               # scalar float32, sum of -ln p over the targets, in nats
     "`loss_sum(hidden @ weight.T, targets)[0]` without all logits. Raises `UserError` where shapes do not fit"
     _check_fit(hidden, weight, targets)
     stream = to_autocast(hidden).flatten(0, 1)

@@ -26,6 +26,7 @@ class FeedForward(nn.Module):
     def forward(self,
                 x:Tensor  # (..., d)
                )->Tensor: # (..., d)
+        "(..., d) -> (..., d): each token by itself"
         return gated_linear(self.w1(x), self.w3(x), self.w2, self.lean)
 
 # %% ../../nbs/22_model.ffn.ipynb #gated-backward

@@ -24,12 +24,12 @@ from ..private import constant_in_graphs, cpu_attention, cpu_attention_backward
 from ..private import xformers_borders, xformers_has_kernels
 
 # %% ../../nbs/40_model.kernels.ipynb #attention-mask
-def attention_mask(t:int,                 # queries, the last t of the s positions
-                   s:int,                 # keys
-                   visible:Tensor=None,   # (b, s) bool, keys that may be looked at; all if None
+def attention_mask(t:int,                      # queries, the last t of the s positions
+                   s:int,                      # keys
+                   visible:Tensor|None=None,   # (b, s) bool, keys that may be looked at; all if None
                    device=None,
-                   documents:Tensor=None, # (b, t) int, the document of each token; s = t
-                  )->Tensor:              # (t, s) or (b, 1, t, s) bool, True where a query sees a key
+                   documents:Tensor|None=None, # (b, t) int, the document of each token; s = t
+                  )->Tensor:                   # (t, s) or (b, 1, t, s) bool, True where a query sees a key
     "Causal mask aligned to the end; a query always sees itself, and nothing of another document"
     mask = torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
     itself = mask.triu(s - t)
@@ -66,8 +66,8 @@ def check_borders(borders:Tensor, # (n+1,) int32, begins of documents in the b*t
 
 # %% ../../nbs/40_model.kernels.ipynb #reference
 def attend_reference(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k), (b, s, h, k)
-                     visible:Tensor=None,          # (b, s) bool
-                     borders:Tensor=None,          # (n+1,) int32, of documents in the b*t tokens; then s = t
+                     visible:Tensor|None=None,     # (b, s) bool
+                     borders:Tensor|None=None,     # (n+1,) int32, of documents in the b*t tokens; then s = t
                     )->Tensor:                     # (b, t, h, k)
     "Attention with all scores in memory (Vaswani et al. 2017, equation 1)"
     b, t, _, width = q.shape
@@ -81,13 +81,13 @@ def attend_reference(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k),
 # %% ../../nbs/40_model.kernels.ipynb #attend
 BACKENDS = {'reference': attend_reference} # by name; faster ones join it below
 
-def attend(q:Tensor,             # (b, t, h, k) queries of the last t positions
-           k:Tensor,             # (b, s, h, k) keys, s >= t
-           v:Tensor,             # (b, s, h, k) values
-           backend:str='auto',   # a key of `BACKENDS`, or auto
-           visible:Tensor=None,  # (b, s) bool, keys that may be looked at
-           borders:Tensor=None,  # (n+1,) int32, of documents in the b*t tokens; then s = t
-          )->Tensor:             # (b, t, h, k)
+def attend(q:Tensor,                 # (b, t, h, k) queries of the last t positions
+           k:Tensor,                 # (b, s, h, k) keys, s >= t
+           v:Tensor,                 # (b, s, h, k) values
+           backend:str='auto',       # a key of `BACKENDS`, or auto
+           visible:Tensor|None=None, # (b, s) bool, keys that may be looked at
+           borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens; then s = t
+          )->Tensor:                 # (b, t, h, k)
     """Causal attention, aligned to the end.
     Raises `UserError` for a backend that cannot run here, or keys that do not fit the queries"""
     check_attention(q, k, v, borders)
@@ -176,8 +176,8 @@ def _attend_varlen(q:Tensor, k:Tensor, v:Tensor, visible, borders:Tensor)->Tenso
 
 # %% ../../nbs/40_model.kernels.ipynb #sdpa
 def attend_sdpa(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k), (b, s, h, k)
-                visible:Tensor=None,          # (b, s) bool
-                borders:Tensor=None,          # (n+1,) int32, of documents in the b*t tokens; then s = t
+                visible:Tensor|None=None,     # (b, s) bool
+                borders:Tensor|None=None,     # (n+1,) int32, of documents in the b*t tokens; then s = t
                )->Tensor:                     # (b, t, h, k)
     "Attention by `torch.nn.functional.scaled_dot_product_attention`, of documents by its relatives"
     if borders is not None and visible is None:
@@ -219,8 +219,8 @@ _attend_xformers = _operator('attend_xformers', _xformers_forward, _xformers_bac
 
 # %% ../../nbs/40_model.kernels.ipynb #attend-xformers
 def attend_xformers(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k) twice, on a GPU, in 16 bits
-                    visible:Tensor=None,          # must be None
-                    borders:Tensor=None,          # (n+1,) int32, of documents in the b*t tokens; then s = t
+                    visible:Tensor|None=None,     # must be None
+                    borders:Tensor|None=None,     # (n+1,) int32, of documents in the b*t tokens; then s = t
                    )->Tensor:                     # (b, t, h, k)
     "Attention by `xformers.ops.memory_efficient_attention`, as in section 2.4"
     if visible is not None:

@@ -72,6 +72,7 @@ class RMSNorm(nn.Module):
     def forward(self,
                 x:Tensor  # (..., d)
                )->Tensor: # (..., d), dtype of x
+        "(..., d) -> (..., d): each vector at root mean square one, times the weight"
         return rmsnorm(x, self.weight, self.eps)
 
     def extra_repr(self): return f'{self.weight.shape[0]}, eps={self.eps}'

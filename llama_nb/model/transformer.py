@@ -9,19 +9,19 @@ __all__ = ['TransformerBlock', 'weight_std', 'init_weights', 'LLaMA', 'check_tok
 import torch
 from torch import Tensor, nn
 from ..config import ModelConfig
-from ..core import UserError, to_autocast
+from ..core import UserError, choose, to_autocast
 from .attention import Attention
 from .ffn import FeedForward
-from .kernels import check_borders, document_numbers
+from .kernels import BACKENDS, check_borders, document_numbers
 from .norm import RMSNorm
 from .rope import rotation_table
 
 # %% ../../nbs/24_model.transformer.ipynb #block
 class TransformerBlock(nn.Module):
     "Attention, then feed-forward, each on a normalised copy of the stream and added to it (section 2.2)"
-    def __init__(self, config:ModelConfig):
+    def __init__(self, config:ModelConfig, attention:str='auto'): # attention: backend, as for LLaMA
         super().__init__()
-        self.attention = Attention(config.dim, config.n_heads)
+        self.attention = Attention(config.dim, config.n_heads, attention)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -33,6 +33,7 @@ class TransformerBlock(nn.Module):
                 visible:Tensor|None=None, # (b, s) bool, keys that may be looked at
                 borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens
                )->Tensor:                 # (b, t, d) the stream, with more in it
+        "(b, t, d) -> (b, t, d): the stream, and what the block adds to it"
         x = x + self.attention(self.attention_norm(x), rotation, cache, visible, borders)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -60,13 +61,19 @@ def init_weights(model:nn.Module, # a LLaMA
 # %% ../../nbs/24_model.transformer.ipynb #llama
 class LLaMA(nn.Module):
     "The language model of section 2.2. Raises `UserError` for wrong ids and for texts beyond `max_seq_len`"
-    def __init__(self, config:ModelConfig):
+    def __init__(self,
+                 config:ModelConfig,    # such as PRESETS['7B']
+                 attention:str='auto',  # backend: reference, sdpa, xformers, or the fastest that works
+                ):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise UserError(f"LLaMA needs a ModelConfig, such as PRESETS['7B'], not {config!r:.60}")
+        choose({'auto': None, **BACKENDS}, attention, 'attention backend')
         self.config = config
         self._rotations = None
         self.loss_compiler = None       # backend of `torch.compile` for the loss; not compiled if None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         init_weights(self)
@@ -78,11 +85,13 @@ class LLaMA(nn.Module):
                 visible:Tensor|None=None,   # (b, s) bool, keys that may be looked at; all if None
                 borders:Tensor|None=None,   # (n+1,) int32, of documents that must not see another
                )->Tensor:                   # (b, t, v) logits
+        """Token ids (b, t) -> logits (b, t, v), those at position i for the token at i + 1.
+        Raises `UserError` for wrong ids and for texts beyond `max_seq_len`"""
         return self.output(self.hidden(tokens, positions, cache, visible, borders))
 
     def hidden(self, tokens:Tensor, positions:Tensor|None=None, cache:list|None=None,
                visible:Tensor|None=None, borders:Tensor|None=None)->Tensor: # (b, t, d)
-        "The normalised stream after the last layer: everything but the output matrix"
+        "Token ids (b, t) -> the normalised stream (b, t, d) after the last layer: all but the output"
         check_tokens(tokens, self.config.vocab_size)
         if positions is None: positions = next_positions(tokens, cache, self.config.max_seq_len)
         if borders is not None: positions = document_positions(borders, *tokens.shape)
@@ -103,11 +112,14 @@ class LLaMA(nn.Module):
 # %% ../../nbs/24_model.transformer.ipynb #checks
 def check_tokens(tokens:Tensor, # (b, t) int64
                  vocab_size:int):
-    "Raise `UserError` unless `tokens` are ids of shape (b, t); their range is looked at on a CPU only"
+    """Raise `UserError` unless `tokens` are ids of shape (b, t). Their range is looked at on a CPU only, and
+    not within a graph of the compiler, which it would cut in two"""
+    if not isinstance(tokens, Tensor):
+        raise UserError(f'tokens must be a tensor, such as torch.tensor([[1, 5, 9]]), not {tokens!r:.60}')
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise UserError('tokens must be integers of shape (b, t), '
                         f'not {tokens.dtype} of shape {tuple(tokens.shape)}')
-    if tokens.device.type != 'cpu' or not tokens.numel(): return
+    if tokens.device.type != 'cpu' or torch.compiler.is_compiling() or not tokens.numel(): return
     low, high = (x.item() for x in tokens.aminmax())
     if low < 0 or high >= vocab_size:
         raise UserError(f'token ids must lie in 0..{vocab_size-1}, not {low}..{high}; '

@@ -25,7 +25,7 @@ def rank_and_size(group=None # of all ranks if None
 # %% ../../nbs/50_parallel.mesh.ipynb #make-mesh
 def make_mesh(degrees:tuple[int, int, int], # replicate, shard, tensor
               device_type:str,              # 'cpu' or 'cuda'
-              timeout:float=None,           # seconds that a collective may wait; torch's own limit if None
+              timeout:float|None=None,      # seconds that a collective may wait; torch's own limit if None
              )->DeviceMesh:
     "A mesh with the dimensions replicate, shard and tensor; neighbouring ranks form a tensor group"
     names = ('replicate', 'shard', 'tensor')

@@ -149,11 +149,11 @@ def _wait(ranks, logs, name, timeout):
 # %% ../../nbs/53_parallel.processes.ipynb #run-ranks
 _RANK_MAIN = 'import sys; from llama_nb.parallel.processes import rank_main; rank_main(*sys.argv[1:])'
 
-def run_ranks(worker:Callable|str, # a function, or 'package.module:function'; returns what JSON can hold
-              world_size:int,      # number of processes on this machine
-              arguments:dict=None, # keyword arguments of the function, JSON
-              timeout:float=120.,  # seconds after which all are ended
-             )->list:              # what each rank returned
+def run_ranks(worker:Callable|str,      # a function, or 'package.module:function'; returns what JSON can hold
+              world_size:int,           # number of processes on this machine
+              arguments:dict|None=None, # keyword arguments of the function, JSON
+              timeout:float=120.,       # seconds after which all are ended
+             )->list:                   # what each rank returned
     "Run a function on ranks of this machine. Raises `RuntimeError` with the last words of one that fails"
     loopback = 'lo' if sys.platform == 'linux' else 'lo0'
     path = os.pathsep.join(p for p in sys.path if p)

@@ -168,7 +168,7 @@ def _loss_and_error(z:Tensor,    # (c, v/n) this rank's logits; float32 ones are
 def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n, d): `model.hidden(...)`
                       weight:DTensor,        # (v, d) the output matrix, shared by rows
                       targets:Tensor,        # (b, t) int64
-                      chunk:int=None,        # tokens whose logits are in memory at a time, or `chunk_tokens`
+                      chunk:int|None=None,   # tokens whose logits are in memory at a time, or `chunk_tokens`
                       ignore_index:int=-100, # targets with this value do not count
                      )->Tensor:              # scalar float32, the same on all ranks of the mesh
     """Summed next-token cross-entropy in nats of a model that `apply_tensor_parallel` has shared.

@@ -410,7 +410,7 @@ def _layout_of(config:RunConfig, gpus:int)->Layout:
 
 def job_of(config:RunConfig,
            gpus:int,
-           layout:Layout=None, # the run file's if None
+           layout:Layout|None=None, # the run file's if None
           )->StepJob:
     """The step of a run. Raises `UserError` for a layout that does not fit, a batch that it does not divide,
     recompute mode budget and float32"""
@@ -434,7 +434,7 @@ def job_of(config:RunConfig,
 # %% ../../nbs/81_scale.cluster.ipynb #step-time
 def step_time(config:RunConfig,
               cluster:Cluster,
-              layout:Layout=None, # the run file's if None
+              layout:Layout|None=None, # the run file's if None
               constants:Constants=CONSTANTS,
              )->StepTime:
     "How long a step of the run takes, by parts. Raises `UserError` as `job_of` does"

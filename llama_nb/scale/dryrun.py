@@ -197,7 +197,7 @@ def phases(watch:StepWatch, run:Trainer):
         stack.enter_context(dtensor_plans_in(watch.rest))
         yield stack.enter_context(watch)
 
-def _between(function:Callable, before:Callable, after:Callable=None)->Callable:
+def _between(function:Callable, before:Callable, after:Callable|None=None)->Callable:
     "`function`, with a call before it and one after it"
     def call(*args, **kwargs):
         before()
@@ -255,7 +255,7 @@ def _fill(run:Trainer):
 _LOOKS_AT_VALUES = ((transformer, 'check_tokens'), (transformer, 'check_borders'),
                     (kernels, 'check_borders'))
 
-def dry_step(config:RunConfig, world_size:int=None, rank:int=0)->'DryRun':
+def dry_step(config:RunConfig, world_size:int|None=None, rank:int=0)->'DryRun':
     """As `dry_run`, in this process, which must have no process group. Once in a process: what is compiled
     stays compiled, and DTensor keeps the layouts it has worked out, with the names of their groups"""
     start, config = time.perf_counter(), dry_config(config)
@@ -349,8 +349,8 @@ _CHILD = 'import sys; from llama_nb.scale.dryrun import dry_child; dry_child(sys
 
 def dry_run(config:RunConfig,
             rank:int=0,
-            world_size:int=None, # number of ranks; what the run file asks for if None
-            timeout:float=600.,  # seconds after which it is ended
+            world_size:int|None=None, # number of ranks; what the run file asks for if None
+            timeout:float=600.,       # seconds after which it is ended
            )->DryRun:
     """One step of one rank, on fake tensors and among fake ranks, in a process of its own. Raises `UserError`
     for a run that cannot work on so many ranks"""

@@ -21,9 +21,9 @@ def number_bytes(config:RunConfig)->int:
 def _tokens(config:RunConfig)->int: return config.train.micro_batch_size*config.data.seq_len
 
 def kept_bytes(config:RunConfig,
-               tensor:int=1, # ranks that share a matrix multiplication
-               mode:str=None # a recompute mode; the run's own if None
-              )->float:      # bytes
+               tensor:int=1,      # ranks that share a matrix multiplication
+               mode:str|None=None # a recompute mode; the run's own if None
+              )->float:           # bytes
     "What one block keeps of a micro-batch for the backward pass. Raises `UserError` for mode `budget`"
     c, mode = config.model, mode or config.train.recompute
     if mode not in _VECTORS:

@@ -13,15 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from ..core import UserError, is_temporary
 from ..files import file_digest, fsync_folder, publish_folder, replacing
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
 from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, plan_sharded,
-                                    read_index, read_sharded, storage_on_all_ranks, storage_on_rank_zero,
-                                    stored_text, write_sharded)
+                                    read_index, read_sharded, save_tensors, storage_on_all_ranks,
+                                    storage_on_rank_zero, stored_text, write_sharded)
 
 # %% ../../nbs/62_train.checkpoint.ipynb #save
 def save_checkpoint(folder,           # where the checkpoints of a run lie, the same place for all ranks
@@ -146,9 +145,9 @@ def superseded(folder, step:int, keep:int, keep_every:int=0)->list[Path]: # as `
     return leftovers + [p for p in older if not keep_every or _step(p) % keep_every]
 
 # %% ../../nbs/62_train.checkpoint.ipynb #verify
-def verify_checkpoint(path,               # a checkpoint's folder
-                      digests:bool=True,  # False: compare names and sizes only
-                      files:dict=None,    # of the manifest; all if None
+def verify_checkpoint(path,                 # a checkpoint's folder
+                      digests:bool=True,    # False: compare names and sizes only
+                      files:dict|None=None, # of the manifest; all if None
                      ):
     """Raise `CheckpointError` naming the first file that is missing, truncated or changed; `StorageError`
     naming the first that the storage does not give"""
@@ -399,4 +398,4 @@ def consolidate(path, # a checkpoint's folder
     "One safetensors file of a checkpoint in any layout, whole or not there at all. Raises `CheckpointError`"
     out, (tensors, _) = Path(out), load_checkpoint(path, ('model',))
     if 'model' not in tensors: raise CheckpointError(f'{path} has no model')
-    with disk(out.parent), replacing(out) as tmp: save_file(tensors['model'], tmp, {'format': 'pt'})
+    with disk(out.parent), replacing(out) as tmp: save_tensors(tensors['model'], tmp)

@@ -101,12 +101,12 @@ def is_screen(file)->bool:
 class Console:
     "What a run shows while it trains"
     def __init__(self,
-                 steps:int,         # of the whole run
-                 step:int=0,        # that are done
-                 shown:bool=True,   # False on all ranks but one
-                 file=None,         # stderr if None
-                 columns:int=None,  # of a terminal; found if None
-                 screen:bool=None): # found if None
+                 steps:int,              # of the whole run
+                 step:int=0,             # that are done
+                 shown:bool=True,        # False on all ranks but one
+                 file=None,              # stderr if None
+                 columns:int|None=None,  # of a terminal; found if None
+                 screen:bool|None=None): # found if None
         self.steps, self.shown, self.file = steps, shown, file or sys.stderr
         self.recent, self.next_line = Recent(), 0.
         if screen is None: screen = is_screen(self.file)

@@ -17,7 +17,11 @@ from ..core import UserError
 def make_optimizer(model:nn.Module,    # its parameters stand where they will be trained
                    config:OptimConfig, # peak rate, betas, eps, weight decay
                   )->torch.optim.AdamW:
-    "AdamW as in section 2.3; matrices decay, norm weights do not; fused on CPU and CUDA"
+    """AdamW as in section 2.3; matrices decay, norm weights do not; fused on CPU and CUDA. Raises `UserError`
+    for anything but an `OptimConfig`"""
+    if not isinstance(config, OptimConfig):
+        raise UserError('make_optimizer needs an OptimConfig, such as OptimConfig(lr=1e-3), '
+                        f'not {config!r:.60}')
     params = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in params if p.ndim >= 2]
     vectors = [p for p in params if p.ndim < 2]
@@ -45,9 +49,14 @@ def cosine_lr(step:int,           # 0 .. total_steps-1; later steps keep the las
               config:OptimConfig, # lr is the peak
               total_steps:int,    # of the run, warm-up included
              )->float:            # learning rate of that step
-    "Linear warm-up, then a cosine to `min_lr_ratio` of the peak at the last step (section 2.3)"
-    if step < config.warmup_steps: return config.lr*(step + 1)/config.warmup_steps
-    done = min((step - config.warmup_steps + 1)/max(total_steps - config.warmup_steps, 1), 1.)
+    """Linear warm-up, then a cosine to `min_lr_ratio` of the peak at the last step (section 2.3). Raises
+    `UserError` for a warm-up that does not end before the run"""
+    warmup = config.warmup_steps
+    if warmup >= total_steps:
+        raise UserError(f'warmup_steps {warmup} must be below total_steps {total_steps}; '
+                        f'for example OptimConfig(warmup_steps={total_steps//10})')
+    if step < warmup: return config.lr*(step + 1)/warmup
+    done = min((step - warmup + 1)/(total_steps - warmup), 1.)
     low = config.min_lr_ratio
     return config.lr*(low + (1 - low)*(1 + math.cos(math.pi*done))/2)
 

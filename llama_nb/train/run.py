@@ -160,8 +160,8 @@ def compile_model(model:LLaMA,
 
 def build_model(config:RunConfig,
                 device:torch.device,
-                mesh:DeviceMesh=None, # the layout, from `make_mesh`; one process if None
-                draw:bool=True,       # False: memory only, for weights that come from a checkpoint
+                mesh:DeviceMesh|None=None, # the layout, from `make_mesh`; one process if None
+                draw:bool=True,            # False: memory only, for weights that come from a checkpoint
                 backend:str='inductor', # of the compiler
                )->LLaMA:
     "The network of a run on `device`, with the weights of the run's seed"

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['storage_on_all_ranks', 'storage_on_rank_zero', 'boxes_of', 'pick_writers', 'Plan', 'plan_sharded', 'CheckpointError',
-           'StorageError', 'disk', 'stored_text', 'write_sharded', 'read_index', 'files_of', 'read_sharded']
+           'StorageError', 'disk', 'stored_text', 'save_tensors', 'write_sharded', 'read_index', 'files_of',
+           'read_sharded']
 
 # %% ../../nbs/61_train.sharded.ipynb #imports
-import json, math, shutil
+import json, math, shutil, stat
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -215,11 +216,22 @@ def _write_mine(folder:Path, plan:Plan, rank:int)->dict[str,dict]: # file -> byt
 
 def _write_part(file:Path, part:str, named:dict[str,Tensor], plan:Plan)->dict: # bytes, sha256
     offsets = {name: {'saved_offsets': plan.offsets[f'{part}/{name}']} for name in named}
-    save_file(_apart(named), file, {'format': 'pt', 'DCP_SHARDING_INFO': json.dumps(offsets)})
+    save_tensors(_apart(named), file, DCP_SHARDING_INFO=json.dumps(offsets))
     fsync_file(file)
     return {'bytes': file.stat().st_size, 'sha256': file_digest(file)}
 
 def _file(part:str, rank:int)->str: return f'{part}-{rank:05}.safetensors'
+
+# %% ../../nbs/61_train.sharded.ipynb #save-tensors
+def save_tensors(named:dict[str,Tensor],  # contiguous, no two in the same memory
+                 file:Path,               # to write
+                 **notes:str              # more for its header
+                ):
+    "One safetensors file, which others may read as the umask says. Raises `OSError`, `SafetensorError`"
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(named, file, {'format': 'pt', **notes})
+    file.chmod(stat.S_IMODE(mode))
 
 # %% ../../nbs/61_train.sharded.ipynb #writer-help
 def _apart(named:dict[str,Tensor])->dict[str,Tensor]:

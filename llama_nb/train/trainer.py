@@ -113,13 +113,13 @@ def _signals_as(x:Tensor, got:list[int])->list[Tensor]: # like `x`, one for each
 
 # %% ../../nbs/65_train.trainer.ipynb #accumulate
 def accumulate(model:torch.nn.Module,
-               inputs:Tensor,          # (b, t) int64, all of the batch or one rank's part
-               targets:Tensor,         # (b, t) int64, -100 where nothing is to be learned
-               micro_batch_size:int,   # sequences in one forward and backward pass
+               inputs:Tensor,            # (b, t) int64, all of the batch or one rank's part
+               targets:Tensor,           # (b, t) int64, -100 where nothing is to be learned
+               micro_batch_size:int,     # sequences in one forward and backward pass
                dtype:torch.dtype=torch.float32, # of the matrix multiplications
-               borders:Tensor=None,    # (passes, n+1) int32, of documents, as from `batch_borders`
-               count:Tensor=None,      # targets in the batch of all ranks; those of `targets` if None
-              )->Tensor:               # loss in nats over `count`; the mean loss, or this rank's part of it
+               borders:Tensor|None=None, # (passes, n+1) int32, of documents, as from `batch_borders`
+               count:Tensor|None=None,   # targets in the batch of all ranks; those of `targets` if None
+              )->Tensor:                 # loss in nats over `count`; the mean loss, or this rank's part of it
     "Forward and backward for each micro-batch; the gradients add up to those of the mean loss"
     if count is None: count = (targets != -100).sum()
     micro_batches = list(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size)))
@@ -133,11 +133,11 @@ def accumulate(model:torch.nn.Module,
 
 # %% ../../nbs/65_train.trainer.ipynb #forward
 def forward_loss(model:torch.nn.Module,
-                 tokens:Tensor,           # (b, t) int64
-                 targets:Tensor,          # (b, t) int64, -100 where nothing is to be predicted
+                 tokens:Tensor,            # (b, t) int64
+                 targets:Tensor,           # (b, t) int64, -100 where nothing is to be predicted
                  dtype:torch.dtype=torch.float32, # of the matrix multiplications
-                 borders:Tensor=None,     # (n+1,) int32, of documents in the b*t tokens, if separate
-                )->Tensor:                # scalar float32, sum over the targets in nats
+                 borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens, if separate
+                )->Tensor:                 # scalar float32, sum over the targets in nats
     "The summed loss of a model in any layout"
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.hidden(tokens, borders=borders)
@@ -154,7 +154,7 @@ def evaluate(model:LLaMA,
              limit:int=0,             # at most so many sequences, spread over the text; all if 0
              batch_size:int=16,       # sequences in one forward pass
              dtype:torch.dtype=torch.float32, # of the matrix multiplications
-             bos_id:int=None,         # if given, documents that begin with it do not see each other
+             bos_id:int|None=None,    # if given, documents that begin with it do not see each other
              share:tuple[int, int]=(0, 1), # this rank's part of the text, of how many
             )->Tensor:                # (2,) float64: sum of the loss in nats, number of targets, of the part
     "Loss over the text in `shards`, cut into windows that begin where the last one ended"
