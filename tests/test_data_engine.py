@@ -144,7 +144,7 @@ def test_no_worker_outlives_the_program(place):
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_ends_it_with_one_line_and_nothing_half(place, calm, number, code, workers):
     out = f'signal-{number}-{workers}'
-    process = start(place, out, workers, .005)
+    process = start(place, out, workers, .015)
     assert until(lambda: [*(place/out).rglob('.*.zst.*.tmp')])
     team = children(process)
     send = os.killpg if number == signal.SIGINT else os.kill        # a terminal asks all of them
@@ -154,7 +154,7 @@ def test_a_signal_ends_it_with_one_line_and_nothing_half(place, calm, number, co
     said = process.stderr.read()
     assert said.count('\n') == (number == signal.SIGTERM) and ('SIGTERM' in said) == (code == 75), said
     assert until(lambda: not any(map(running, team)), 20) and [*(place/out).rglob('*.tmp')] == []
-    process = start(place, out, 2, .005)
+    process = start(place, out, 2, .015)
     assert process.wait(120) == 0, process.stderr.read()
     assert contents(place/out) == calm[0]
 
