@@ -35,6 +35,7 @@ def module_of(nb)->str: # 'llama_nb/model/norm.py', or '' for a page that export
 def badge(cell, module:str):
     "A line above an exported cell: where it is exported to, with a link to the index"
     name = module.removesuffix('.py').replace('/', '.')
+    if name.endswith('.__init__'): name = 'index'       # its names are those of other modules
     page = f'<a href="api/{name}.html" title="this cell is part of the package">{module}</a>'
     return nbformat.v4.new_markdown_cell(f'<div class="exported" id="cell-{cell.id}">{page}</div>')
 
