@@ -380,14 +380,15 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
                 folder:Path, workers:int=1, memory:int=MEMORY, words:str='')->OnDemand:
     "Look at all documents of a pass. Raises `UserError`, `OSError`"
     first = step.first(ask.keywords.get('rules'))
-    parts = _n_intervals(made)
+    size = sum(file['bytes'] for file in made.values())
+    parts = min(64, 1 + size//_INTERVAL)
     about = {'asked': describe(ask), 'first': first, 'documents': made, 'intervals': parts,
              'version': llama_nb.__version__}
     digest = claim_folder(folder, about, ('done', 'work', 'answer.json', *_old(folder)), True, 'pass.json')
     if not (folder/'done').exists():
         _sweep(folder, 'tmp*', '.*.tmp', 'work')
         if step.pairs:
-            if sum(file['bytes'] for file in made.values()) < _SMALL_PASS: workers = 1
+            if size < _SMALL_PASS: workers = 1
             _compare(ask, files, parts, folder, workers, memory, not first, words)
         else:
             _all_done(_collect, [(ask, [*files.values()], folder, memory)], 1, words)
@@ -401,8 +402,6 @@ def _old(folder:Path)->list[str]: return [p.name for p in folder.glob('[pf]*-0*'
 # %% ../../nbs/7G_data.corpus.ipynb #compare
 _INTERVAL = 2**24                                           # bytes of compressed documents per interval
 _SMALL_PASS = 2**22                                         # below, workers start slower than one works
-
-def _n_intervals(made:dict)->int: return min(64, 1 + sum(file['bytes'] for file in made.values())//_INTERVAL)
 
 def _compare(ask:Callable, files:dict[str, str], parts:int, folder:Path, workers:int, memory:int,
              repeated:bool, words:str):

@@ -24,11 +24,11 @@ from ..data.mixture import Mixture, open_tokens
 from ..data.shards import TokenShards, write_shards
 from ..data.tokenize import input_files
 from ..data.tokenizer import Tokenizer
-from .load import load_model, newest, run_folder
+from .load import load_model, named_or_newest, run_folder
 from ..train.checkpoint import list_checkpoints
 from ..train.loss import bits_per_byte, zlib_bits_per_byte
 from ..train.sharded import CheckpointError
-from ..train.trainer import forward_loss
+from ..train.trainer import forward_loss, token_row
 
 # %% ../../nbs/6A_infer.evaluate.ipynb #score
 @dataclass(frozen=True)
@@ -69,13 +69,11 @@ def windows(shards:TokenShards,
     check_stride(stride, seq_len)
     start = done = 0                                         # tokens before `done` + 1 were targets
     while done < shards.n_tokens - 1:
-        stop = min(start + seq_len + 1, shards.n_tokens)
-        ids = torch.from_numpy(shards.read(start, stop).astype('int64'))
-        row = torch.nn.functional.pad(ids, (0, seq_len + 1 - len(ids)), value=-100)
+        row = token_row(shards, start, seq_len)
         targets = row[1:].clone()
         targets[:done - start] = -100
         yield row[:-1].clamp(min=0), targets
-        start, done = start + stride, stop - 1
+        start, done = start + stride, start + seq_len
 
 # %% ../../nbs/6A_infer.evaluate.ipynb #score-text
 BATCH_TOKENS = 2**13    # in one forward pass
@@ -185,12 +183,11 @@ def evaluation(path,              # folder of a run, or of a checkpoint in it
 # %% ../../nbs/6A_infer.evaluate.ipynb #models
 def _models(path, config:RunConfig, all_kept:bool)->Iterator[tuple[Path, torch.nn.Module]]:
     "Checkpoints with their models; of all, damaged ones are reported and passed over. Raises `UserError`"
-    folder, path = run_folder(path), Path(path)
     if not all_kept:
-        checkpoint = newest(path) if folder == path else path
-        yield checkpoint, load_model(checkpoint, config.model)
+        yield named_or_newest(path, config.model)
         return
-    there, damaged = list_checkpoints(folder/'checkpoints'), 0
+    folder, damaged = run_folder(path), 0
+    there = list_checkpoints(folder/'checkpoints')
     for checkpoint in there:
         try:
             model = load_model(checkpoint, config.model)

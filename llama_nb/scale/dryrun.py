@@ -334,15 +334,7 @@ def _result(config, layout, rank, watch:StepWatch, seconds:float, stretches:int=
     rows = sorted(watch.collectives.values(), key=lambda row: -row['bytes'])
     def by_kind(values): return dict(zip(KINDS, values.tolist()))
     return DryRun(config, layout, rank, int(total[top]), phase[top], by_kind(held[top]), by_kind(held.max(0)),
-                  timeline, rows, seconds, _process_bytes())
-
-def _process_bytes()->int: # 0 where the system does not say
-    "Most memory that this process has had"
-    try:
-        status = Path('/proc/self/status').read_text()            # not ru_maxrss: it begins with the parent's
-    except OSError:
-        return 0
-    return 1024*int(status.split('VmHWM:')[1].split()[0])
+                  timeline, rows, seconds, trainer.process_bytes())
 
 # %% ../../nbs/82_scale.dryrun.ipynb #dry-run
 _CHILD = 'import sys; from llama_nb.scale.dryrun import dry_child; dry_child(sys.argv[1])'

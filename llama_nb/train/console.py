@@ -98,6 +98,16 @@ def is_screen(file)->bool:
     "A terminal or a notebook, where a bar can move"
     return file.isatty() or 'ipykernel' in sys.modules
 
+def _numbers(row:dict, recent:Recent, steps:int)->str:
+    "A step in a file"
+    norm = '' if row['grad_norm'] is None else f'  grad norm {row["grad_norm"]:.2f}'
+    mfu = f'  MFU {row["mfu"]:.1%}' if row['mfu'] else ''
+    memory = f'  {row["peak_bytes"]/1e9:.1f} GB' if row['peak_bytes'] else ''
+    left = clock((steps - row['step'])*recent.seconds)
+    return (f'loss {recent.loss:.3f}  lr {row["lr"]:.1e}{norm}  {recent.speed:,.0f} tokens/s{mfu}{memory}  '
+            f'{left} left')
+
+# %% ../../nbs/68_train.console.ipynb #console-class
 class Console:
     "What a run shows while it trains"
     def __init__(self,
@@ -147,15 +157,6 @@ class Console:
     def close(self):
         if self.bar is not None: self.bar.close()
 
-def _numbers(row:dict, recent:Recent, steps:int)->str:
-    "A step in a file"
-    norm = '' if row['grad_norm'] is None else f'  grad norm {row["grad_norm"]:.2f}'
-    mfu = f'  MFU {row["mfu"]:.1%}' if row['mfu'] else ''
-    memory = f'  {row["peak_bytes"]/1e9:.1f} GB' if row['peak_bytes'] else ''
-    left = clock((steps - row['step'])*recent.seconds)
-    return (f'loss {recent.loss:.3f}  lr {row["lr"]:.1e}{norm}  {recent.speed:,.0f} tokens/s{mfu}{memory}  '
-            f'{left} left')
-
 # %% ../../nbs/68_train.console.ipynb #folder
 _README = '''# A run of llama_nb
 
@@ -183,6 +184,7 @@ def write_readme(out): # the run's folder
     text = _README.format(here=Path.cwd(), out=out)
     write_atomic(Path(out)/'README.md', text.encode('utf-8', 'backslashreplace'))
 
+# %% ../../nbs/68_train.console.ipynb #results
 def results(config:RunConfig,
             loader,              # of the training text
             held_out,            # shards for validation, or None

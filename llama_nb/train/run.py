@@ -162,13 +162,12 @@ def build_model(config:RunConfig,
                 device:torch.device,
                 mesh:DeviceMesh|None=None, # the layout, from `make_mesh`; one process if None
                 draw:bool=True,            # False: memory only, for weights that come from a checkpoint
-                backend:str='inductor', # of the compiler
+                backend:str='inductor',    # of the compiler
                )->LLaMA:
     "The network of a run on `device`, with the weights of the run's seed"
     c = config.train
-    with torch.device('meta'): model = LLaMA(config.model)
     pick_backend(c.attention, device, *attention_model(config, device))         # tried now
-    for layer in model.layers: layer.attention.backend = c.attention
+    with torch.device('meta'): model = LLaMA(config.model, c.attention)
     if mesh: apply_tensor_parallel(model, mesh['tensor'], config.parallel.sequence)
     apply_recompute(model, c.recompute, c.memory_budget)
     if c.compile == 'blocks': compile_model(model, backend)
