@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'TokenizerCommand', 'Data', 'print_shards', 'Join', 'Show',
-           'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'train', 'read_prompts', 'Generate', 'Eval',
-           'Convert', 'PlanCommand', 'usage', 'dispatch', 'main', 'program']
+           'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'Init', 'train', 'read_prompts', 'Generate',
+           'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main', 'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import json, os, sys
@@ -127,13 +127,13 @@ class Show:
     sequence:int=-1                  # number of one sequence in it, from 0; -1 prints all
 
     def run(self)->int: # exit code
-        from llama_nb.data.mixture import Mixture, source_table
+        from llama_nb.data.mixture import Mixture, source_table, text_facts
         from llama_nb.train.run import open_data
         path = Path(self.run_path)
         if path.suffix == '.toml' and 'source' in read_toml(path):
             print(source_table(Mixture(path)))
             return 0
-        config = load_run(path/'config.toml' if path.is_dir() else path)
+        config = load_run(path/'config.toml' if path.is_dir() else path, read_text=text_facts)
         loader, _ = open_data(config)
         if self.batch == self.sequence == -1:
             print(source_table(loader.shards, loader.epochs(config.train.steps*loader.batch_size)))
@@ -245,6 +245,23 @@ class Mini:
         print('\n' + describe_corpus(Path(self.out), mixture))
         return 0
 
+# %% ../nbs/92_cli.ipynb #init-command
+@dataclass(frozen=True)
+class Init:
+    "Write a commented run file, fitted to token shards and to this machine"
+    tokens:tyro.conf.Positional[str] # OUT of `llama-nb data`, a folder of token shards, or a mixture (TOML)
+    run_path:tyro.conf.Positional[str]='run.toml' # run file to write; must not exist yet
+    size:str=''                      # toy, 10M, 25M, 125M, 350M, 1.3B, 7B; chosen if empty
+    minutes:float=setting(0., zero=True, min=.01, max=1e7) # of training; 0: 10 on a CPU, 60 on a GPU
+    device:str='auto'                # auto, cpu, cuda, mps
+    out:str=''                       # run folder; if empty, runs/ and the name of the file
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code
+        from llama_nb.train.first_run import answer
+        return answer(self)
+
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
     "`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take"
@@ -253,7 +270,7 @@ def train(args:list[str])->int: # exit code
         return dry_run_command(args)
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
     path, settings = ('', args) if args[0].startswith('-') else (args[0], args[1:])
-    config = load_run(path, settings)      # a mistake in it need not wait for PyTorch
+    config = load_run(path, settings, _text_facts)      # a mistake in it need not wait for PyTorch
     from llama_nb.parallel.processes import stop_ranks
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run
@@ -261,6 +278,10 @@ def train(args:list[str])->int: # exit code
     stopped = fit(run)
     stop_ranks()
     return 128 + stopped if stopped else 0
+
+def _text_facts(path)->tuple[int, int]: # size of its vocabulary, number of its tokens
+    from llama_nb.data.mixture import text_facts
+    return text_facts(path)
 
 # %% ../nbs/92_cli.ipynb #read-prompts
 def read_prompts(path:str # of a file; `-` is standard input
@@ -408,8 +429,8 @@ class PlanCommand:
 
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
-            'data fetch': Fetch, 'data mini': Mini, 'data join': Join, 'data show': Show, 'train': train,
-            'generate': Generate, 'eval': Eval, 'convert': Convert, 'plan': PlanCommand}
+            'data fetch': Fetch, 'data mini': Mini, 'data join': Join, 'data show': Show, 'init': Init,
+            'train': train, 'generate': Generate, 'eval': Eval, 'convert': Convert, 'plan': PlanCommand}
 
 def usage()->str:
     "What `llama-nb --help` prints"

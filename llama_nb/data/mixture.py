@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'largest_remainder', 'pick', 'epoch_offset', 'draw', 'MixtureRules', 'Source', 'Mixture', 'write_mixture',
-           'MixtureLoader', 'open_tokens', 'make_loader', 'source_table']
+           'MixtureLoader', 'open_tokens', 'make_loader', 'text_facts', 'source_table']
 
 # %% ../../nbs/7F_data.mixture.ipynb #imports
 import json, math, os
@@ -264,6 +264,13 @@ def make_loader(tokens:TokenShards|Mixture,
     "The loader for one source or several. Raises `UserError` for one that is too short"
     kind = MixtureLoader if isinstance(tokens, Mixture) else Loader
     return kind(tokens, seq_len, batch_size, seed)
+
+# %% ../../nbs/7F_data.mixture.ipynb #text-facts
+def text_facts(path # a folder of token shards, or a mixture file
+              )->tuple[int, int]: # size of the vocabulary, number of tokens
+    "What a run that leaves them open takes from its text, for `load_run`. Raises `UserError`"
+    tokens = open_tokens(path, None)
+    return tokens.vocab_size, tokens.n_tokens
 
 # %% ../../nbs/7F_data.mixture.ipynb #describe
 def source_table(tokens:TokenShards|Mixture,

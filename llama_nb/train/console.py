@@ -32,9 +32,9 @@ def _epochs(config:RunConfig, loader)->str:
     return f'{least:.3g} to {most:.3g} epochs of {len(epochs)} sources'
 
 def _data_line(config:RunConfig, loader)->str:
-    steps, batch = config.train.steps, config.data.batch_size*config.data.seq_len
+    steps, batch, seq_len = config.train.steps, config.data.batch_size, config.data.seq_len
     return (f'data       {config.data.train}, {loader.shards.n_tokens:,} tokens: {steps:,} steps of '
-            f'{batch:,} are {_epochs(config, loader)}')
+            f'{batch:,} x {seq_len:,} are {_epochs(config, loader)}, {config.optim.warmup_steps:,} warm-up')
 
 def _device_line(config:RunConfig, device:torch.device, layout:tuple, peak:float)->str:
     replicate, shard, tensor = layout
