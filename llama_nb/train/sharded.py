@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['storage_on_all_ranks', 'storage_on_rank_zero', 'boxes_of', 'pick_writers', 'Plan', 'plan_sharded', 'CheckpointError',
-           'StorageError', 'disk', 'stored_text', 'save_tensors', 'write_sharded', 'read_index', 'files_of',
+           'StorageError', 'disk', 'stored_json', 'save_tensors', 'write_sharded', 'read_index', 'files_of',
            'read_sharded']
 
 # %% ../../nbs/61_train.sharded.ipynb #imports
 import json, math, shutil, stat
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, TypedDict
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +31,7 @@ from ..core import TemporaryError, UserError, is_temporary
 from ..files import bytes_digest, file_digest, fsync_file
 from ..parallel.mesh import error_line, on_all_ranks, on_rank_zero, rank_and_size
 from ..private import is_strided
+from ..untrusted import read_json
 
 # %% ../../nbs/61_train.sharded.ipynb #boxes
 def boxes_of(shape,            # of the whole tensor
@@ -192,14 +195,22 @@ def disk(path:Path):
         kind = StorageError if may_pass else CheckpointError
         raise kind(f'{error_line(OSError(str(e)))} ({free:,.1f} MB free)') from e
 
-# %% ../../nbs/61_train.sharded.ipynb #stored-text
-def stored_text(path:Path)->str: # empty if there is none, or none that can be read
-    "A short file of a checkpoint. Raises `StorageError` where the storage refuses: that is no damage"
+# %% ../../nbs/61_train.sharded.ipynb #stored-json
+_SHORT = 2**31              # bytes of a short file; the index of 65B on 2,048 ranks has 20 MB
+
+def stored_json(path:Path,
+                kind,       # its schema
+               )->dict:
+    """A short file of a checkpoint. Raises `CheckpointError` if it is missing or damaged, `StorageError`
+    where the storage refuses: that is no damage"""
     try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, ValueError) as e:                       # ValueError: bytes that are no text
+        return read_json(path, kind, _SHORT, path.parent)
+    except OSError as e:
         if is_temporary(e): raise StorageError(f'{path} cannot be read: {e.strerror}') from e
-        return ''
+        why = e.strerror
+    except UserError as e:
+        why = str(e).removeprefix(f'{path} ')
+    raise CheckpointError(f'{path.parent}: {path.name} is missing or damaged ({why})')
 
 # %% ../../nbs/61_train.sharded.ipynb #writer
 def _write_mine(folder:Path, plan:Plan, rank:int)->dict[str,dict]: # file -> bytes, sha256
@@ -292,27 +303,39 @@ def _add_sizes(sizes:dict[str,int], name:str, entry:dict):
     part, itemsize = name.partition('/')[0], getattr(torch, entry['dtype']).itemsize
     for rank, _, shape in entry['pieces']: sizes[_file(part, rank)] += math.prod(shape)*itemsize
 
+# %% ../../nbs/61_train.sharded.ipynb #index-schema
+_Size = Annotated[int, Meta(ge=0, le=2**48)]
+_Shape = Annotated[list[_Size], Meta(max_length=8)]
+_Rank = Annotated[int, Meta(ge=0, lt=2**20)]
+
+class _Tensor(TypedDict):
+    dtype:Annotated[str, Meta(max_length=32)]
+    shape:_Shape
+    pieces:list[tuple[_Rank, _Shape, _Shape]]               # rank, offset, shape of each box
+
+class _Index(TypedDict):
+    tensors:dict[str, _Tensor]
+
 # %% ../../nbs/61_train.sharded.ipynb #index
 def read_index(folder:Path)->dict[str,dict]: # 'part/name' -> dtype, shape, pieces: [rank, offset, shape] each
     """What lies where. Raises `CheckpointError` if the index is missing or damaged, or leaves a hole in a
     tensor; `StorageError` if it cannot be read for now"""
-    text = stored_text(folder/'index.json')
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        tensors = json.loads(text)['tensors']
-        if all(_is_whole(name, **t) for name, t in tensors.items()): return tensors
-    raise CheckpointError(f'{folder}: index.json is missing or damaged')
+    tensors = stored_json(folder/'index.json', _Index)['tensors']
+    for name, entry in tensors.items():
+        if _is_whole(name, **entry): continue
+        raise CheckpointError(f'{folder}: index.json is missing or damaged ({name[:80]!r} is not whole)')
+    return tensors
 
 def _is_whole(name:str, dtype:str, shape:list, pieces:list)->bool:
     "Whether each number of the tensor lies in one of the boxes, and in no other"
-    if '/' not in name or not isinstance(getattr(torch, dtype), torch.dtype): return False
+    if '/' not in name or not isinstance(getattr(torch, dtype, None), torch.dtype): return False
     inside = all(_is_inside(shape, *box) for box in pieces)
     full = sum(math.prod(size) for _, _, size in pieces) == math.prod(shape)
     return inside and full and _are_apart([(offset, size) for _, offset, size in pieces])
 
 def _is_inside(shape:list, rank:int, offset:list, size:list)->bool:
-    if type(rank) is not int or rank < 0: return False
     if not len(offset) == len(size) == len(shape): return False
-    return all(0 <= o and 0 <= s and o + s <= n for o, s, n in zip(offset, size, shape))
+    return all(o + s <= n for o, s, n in zip(offset, size, shape))
 
 def _are_apart(boxes:list[tuple], axis:int=0)->bool: # boxes: offset and size of each
     "Whether no two boxes overlap that a mesh has cut: in layers along this axis, and in each along the next"
