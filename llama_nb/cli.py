@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import tyro
 from . import __version__
-from .config import check_fields, load_run, parse_flags, read_toml, setting
+from .config import check_fields, degrees, load_run, parse_flags, read_toml, setting, take_flag
 from .core import UserError, choose, is_temporary, pick_device
 
 # %% ../nbs/92_cli.ipynb #toy-command
@@ -264,13 +264,24 @@ class Init:
 
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
-    "`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take"
+    """`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take;
+    with `--check [--ranks N]`, whether it could begin; with `--nproc N`, on so many GPUs"""
     if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
         from llama_nb.scale.dryrun import dry_run_command
         return dry_run_command(args)
+    check, _, args = take_flag(args, '--check')
+    _, ranks, args = take_flag(args, '--ranks')
+    _, memory, args = take_flag(args, '--gpu-memory', float)
+    several, processes, args = take_flag(args, '--nproc')
     if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
     path, settings = ('', args) if args[0].startswith('-') else (args[0], args[1:])
     config = load_run(path, settings, _text_facts)      # a mistake in it need not wait for PyTorch
+    if check: return _check(config, ranks or processes, memory)
+    if ranks or memory: raise UserError('--ranks and --gpu-memory belong to --check or --dry-run')
+    if several: return _launch(config, processes, args)
+    return _train(config)
+
+def _train(config)->int: # exit code
     from llama_nb.parallel.processes import stop_ranks
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run
@@ -278,6 +289,17 @@ def train(args:list[str])->int: # exit code
     stopped = fit(run)
     stop_ranks()
     return 128 + stopped if stopped else 0
+
+def _check(config, ranks:int|None, memory:float|None)->int: # exit code
+    from llama_nb.train.check import check_run
+    for line in check_run(config, ranks, 1e9*(memory or 0)): print(line, flush=True)
+    return 0
+
+def _launch(config, processes:int|None, args:list[str])->int: # exit code
+    from llama_nb.train.launch import launch_ranks
+    if processes is None: raise UserError('--nproc takes a number of processes, one for each GPU: --nproc 8')
+    degrees(config.parallel, config.model, processes)   # said once, and not by each of them
+    return launch_ranks(['train', *args], processes)
 
 def _text_facts(path)->tuple[int, int]: # size of its vocabulary, number of its tokens
     from llama_nb.data.mixture import text_facts

@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'MOST_PARAMS', 'PRESETS', 'RECOMPUTE_MODES', 'MOST_TOKENS', 'TOML_BYTES', 'FOLLOWS', 'FREE_SETTINGS',
            'ffn_width', 'setting', 'check_fields', 'ModelConfig', 'parameter_table', 'OptimConfig', 'DataConfig',
            'TrainConfig', 'ParallelConfig', 'check_tensor_degree', 'degrees', 'RunConfig', 'setting_names', 'read_toml',
-           'parse_flags', 'batch_for', 'load_run', 'dump_run', 'differences']
+           'parse_flags', 'batch_for', 'load_run', 'take_flag', 'dump_run', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
 import contextlib, io, math, re, tomllib
@@ -400,9 +400,10 @@ def _begun(out)->dict: # none for a new run
 def _whole(value, default:int)->int:
     "`value` as a number above 0; what is none is left to the parser, which says so"
     try:
-        return max(int(value), 1)
+        number = int(value)
     except (ValueError, OverflowError, TypeError):
         return default
+    return number if 0 < number < 2**31 else default
 
 # %% ../nbs/01_config.ipynb #load-run
 def load_run(path='',  # a TOML file, or nothing
@@ -447,6 +448,25 @@ def _flag_settings(args)->dict: # 'train.steps' -> '100'
         name, equals, value = word[2:].partition('=')
         found[name.replace('-', '_')] = value if equals else after
     return found
+
+# %% ../nbs/01_config.ipynb #take-flag
+def take_flag(args:list[str],
+              flag:str,      # '--dry-run'; --dry_run is the same
+              kind:type=int,
+             )->tuple:       # is it there; its number, None without one; the other arguments
+    "Take a flag, and its number if one follows, out of the arguments. Raises `UserError` for a wrong number"
+    names = {flag, flag.replace('-', '_').replace('__', '--', 1)}
+    args = [word for a in args for word in (a.split('=', 1) if a.split('=')[0] in names else [a])]
+    at = next((i for i, a in enumerate(args) if a in names), None)
+    if at is None: return False, None, args
+    before, after = args[:at], args[at + 1:]
+    if not after or after[0].startswith('--') or after[0].endswith('.toml'): return True, None, before + after
+    try:
+        number = kind(after[0])
+    except ValueError:
+        number = 0
+    if not 0 < number < 1e9: raise UserError(f'{flag} takes a number above 0, not {after[0]!r}')
+    return True, number, before + after[1:]
 
 # %% ../nbs/01_config.ipynb #for-help
 _SIZES = 'model.dim', 'model.n_layers', 'model.n_heads'
