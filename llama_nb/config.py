@@ -210,6 +210,7 @@ class TrainConfig:
     spike_sigmas:float=setting(6.0, free=True)        # report a loss so many deviations above the last 128
     hang_minutes:float=setting(30., free=True, zero=True, min=.001, max=525_600)  # longest step; 0 = any
     peak_flops:float=setting(0., free=True, zero=True, min=1, max=1e30)  # FLOP/s of the device; 0 = unknown
+    wandb:str=setting('', free=True)                  # project at Weights & Biases; none if empty
 
     def __post_init__(self):
         check_fields(self)

@@ -324,13 +324,13 @@ def process_bytes()->int: # 0 where the system does not say
 def running(run:Trainer, progress:bool=True):
     "Yields the log of a run that trains. Everything is closed at the end, in the opposite order"
     with ExitStack() as stack:
-        enter, first = stack.enter_context, run.rank == 0
+        enter, first, c = stack.enter_context, run.rank == 0, run.config
         on_all_ranks(lambda: enter(ckpt.lock_folder(run.out, run.report)) if first else None)
         run.signals_received = enter(stop_on_signal(progress and first))
-        alive = enter(watchdog(run.config.train.hang_minutes))
+        alive = enter(watchdog(c.train.hang_minutes))
         stack.callback(setattr, run, 'batches', None)                  # ends the worker process
-        console = enter(closing(Console(run.config.train.steps, run.step, progress and first)))
-        metrics = on_all_ranks(lambda: open_metrics(run.out, run.step) if first else None)
+        console = enter(closing(Console(c.train.steps, run.step, progress and first)))
+        metrics = on_all_ranks(lambda: open_metrics(run.out, run.step, c, run.report) if first else None)
         log = RunLog(run, metrics, console)
         if first: _go_on(log, stack)
         tidy = enter(quiet_gc())
