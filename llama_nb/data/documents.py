@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_GROWTH', 'DECOMPRESSORS', 'Report', 'MAX_LINE', 'Document', 'stdlib_documents', 'topic_documents',
            'python_documents', 'growth_limit', 'extra_module', 'zstd_module', 'open_stream', 'open_raw', 'Decompressed',
-           'refuse', 'reporting', 'stream_lines', 'row_document', 'is_text', 'text_id', 'json_lines', 'read_jsonl',
-           'json_line', 'write_jsonl', 'is_held_out', 'check_fraction', 'split_documents', 'check_sides']
+           'Refused', 'refuse', 'reporting', 'stream_lines', 'row_document', 'is_text', 'text_id', 'json_lines',
+           'read_jsonl', 'json_line', 'write_jsonl', 'is_held_out', 'check_fraction', 'split_documents', 'check_sides']
 
 # %% ../../nbs/11_data.documents.ipynb #imports
 import bz2, gzip, hashlib, io, json, lzma, platform, sys, sysconfig, zlib
@@ -152,9 +152,12 @@ class Decompressed(io.RawIOBase):
 # %% ../../nbs/11_data.documents.ipynb #report
 Report = Callable[[str, str], None]                         # called with (place, why)
 
+class Refused(UserError):
+    "What a strict report raises"
+
 def refuse(place:str, why:str)->NoReturn:
     "The strict report. Raises `UserError`"
-    raise UserError(f'{place} {why}')
+    raise Refused(f'{place} {why}')
 
 @contextmanager
 def reporting(place:str,
@@ -167,7 +170,7 @@ def reporting(place:str,
     try:
         yield
     except UserError as e:
-        if report is refuse or is_temporary(e): raise
+        if report is refuse or isinstance(e, Refused) or is_temporary(e): raise
         report(place, f'{what}: {e}')
 
 MAX_LINE = 2**26                            # bytes; a page of Wikipedia may have 2**21
