@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import tyro
 from . import __version__
-from .config import check_fields, load_run, parse_flags, read_toml, setting
+from .config import check_fields, load_run, named_step, parse_flags, read_toml, setting
 from .core import UserError, choose, is_temporary, pick_device
 
 # %% ../nbs/92_cli.ipynb #toy-command
@@ -133,10 +133,10 @@ class Show:
         if path.suffix == '.toml' and 'source' in read_toml(path):
             print(source_table(Mixture(path)))
             return 0
-        config = load_run(path/'config.toml' if path.is_dir() else path)
+        config = load_run(path)
         loader, _ = open_data(config)
         if self.batch == self.sequence == -1:
-            print(source_table(loader.shards, loader.epochs(config.train.steps*loader.batch_size)))
+            print(source_table(loader.shards, loader.epochs(loader.first(config.train.steps))))
         else:
             self.print_batch(loader)
         return 0
@@ -245,13 +245,32 @@ class Mini:
         print('\n' + describe_corpus(Path(self.out), mixture))
         return 0
 
+# %% ../nbs/92_cli.ipynb #fork-arguments
+def _spelled_out(args:list[str])->list[str]:
+    "`--fork RUN[@STEP] ...` as a run's folder and settings. Raises `UserError`"
+    args = [word for a in args for word in (a.split('=', 1) if a.startswith('--fork=') else [a])]
+    if '--fork' not in args: return args
+    at = args.index('--fork')
+    parent, rest = args[at + 1:at + 2], [*args[:at], *args[at + 2:]]
+    if not parent or parent[0].startswith('-'):
+        raise UserError('--fork needs a run: llama-nb train --fork RUN[@STEP] --out NEW')
+    fork = ['--train.fork', parent[0], '--train.init=', '--data.shift', '0']
+    if rest and not rest[0].startswith('-'): return [rest[0], *fork, *rest[1:]]     # with a run file
+    if not any(a.split('=')[0] == '--out' for a in rest):
+        raise UserError('a fork is a new run and needs a folder: llama-nb train --fork RUN[@STEP] --out NEW')
+    return [str(named_step(parent[0])[0]), *fork, *rest]
+
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
-    "`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take"
+    """`llama-nb train [RUN.toml | RUN] [--fork RUN[@STEP]] [--section.key value ...]`; with `--dry-run
+    [GPUS]`, what that would take"""
+    args = _spelled_out(args)
     if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
         from llama_nb.scale.dryrun import dry_run_command
         return dry_run_command(args)
-    if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
+    if not args:
+        raise UserError('train needs a run file, or the folder of a run: '
+                        'llama-nb train RUN.toml [--section.key value ...]')
     path, settings = ('', args) if args[0].startswith('-') else (args[0], args[1:])
     config = load_run(path, settings)      # a mistake in it need not wait for PyTorch
     from llama_nb.parallel.processes import stop_ranks
@@ -375,7 +394,7 @@ class Convert:
 @dataclass(frozen=True)
 class PlanCommand:
     "Compute memory, time, energy and failures of a run, and the fastest layout that fits"
-    run_path:tyro.conf.Positional[str]=''  # run file (TOML); or give --model
+    run_path:tyro.conf.Positional[str]=''  # run file (TOML), or run folder; or give --model
     model:str=''                     # 7B, 13B, 33B, 65B, toy, or a TOML file with a [model] table
     gpus:int=setting(0, zero=True, max=2**20)         # GPUs; 0: as many as the run file's layout says
     gpu:str='A100-80GB'              # A100-40GB, A100-80GB, H100-80GB, H100-500W, H200
@@ -414,7 +433,8 @@ COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean
 def usage()->str:
     "What `llama-nb --help` prints"
     about = {name: command.__doc__ for name, command in COMMANDS.items()}
-    about['train'] = 'Train a model from a run file (TOML); any setting can follow as --section.key value'
+    about['train'] = ('Train from a run file (TOML), or go on with a run; settings follow as '
+                      '--section.key value, and --fork RUN begins another run')
     return '\n'.join([f'llama-nb {__version__}: LLaMA (Touvron et al., 2023), from text to samples', '',
                       *(f'  llama-nb {name:<11} {text}' for name, text in about.items()), '',
                       'llama-nb COMMAND --help lists the settings of a command.'])

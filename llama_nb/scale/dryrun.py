@@ -437,7 +437,7 @@ def _take(args:list[str], flag:str, kind:type)->tuple: # its value, None without
     if at is None: return None, args
     rest = args[:at], args[at + 1:]
     value = rest[1][0] if rest[1] and not rest[1][0].startswith('--') else None
-    if value is None or value.endswith('.toml'): return None, [*rest[0], *rest[1]]
+    if value is None or value.endswith('.toml') or Path(value).is_dir(): return None, [*rest[0], *rest[1]]
     try:
         number = kind(value)
     except ValueError:
@@ -451,5 +451,6 @@ def _data_line(config:RunConfig)->str:
     missing = ' and '.join(path for path in texts if not Path(path).exists())
     if missing: return f'not seen    {missing}: not here; and the folder {config.out}'
     loader, _ = open_data(config)
-    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size))
+    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size
+                                                                 + config.data.shift))
     return f'data        {config.data.train}: gone through {epochs} times; not seen: the folder {config.out}'
