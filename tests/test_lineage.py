@@ -269,7 +269,8 @@ def aged(folder):
     (folder/'config.toml').write_text(re.sub(rf'^({"|".join(new)}) = .*\n', '', text, flags=re.M))
     for place in (folder/'checkpoints').iterdir():
         state, manifest = (json.loads((place/f'{name}.json').read_text()) for name in ('state', 'manifest'))
-        del state['tokens'], state['data']['shift']
+        state.pop('tokens', 0)
+        state['data'].pop('shift', 0)
         (place/'state.json').write_text(json.dumps(state))
         made = manifest['files']['state.json']
         made |= {'bytes': (place/'state.json').stat().st_size, 'sha256': file_digest(place/'state.json')}
