@@ -367,7 +367,9 @@ def _run_of(path:Path)->Path|None: # None: `path` is not about a run's folder
     "The run's folder that is meant by itself, or by its config.toml. Raises `UserError` for another folder"
     if path.is_dir():
         if (path/'config.toml').exists(): return path
-        raise UserError(f'{path} is not the folder of a run: no config.toml in it')
+        shards = (path/'manifest.json').exists() or (path/'train'/'manifest.json').exists()
+        hint = f'; it holds text: llama-nb init {path} run.toml' if shards else ''
+        raise UserError(f'{path} is not the folder of a run: no config.toml in it{hint}')
     return path.parent if path.name == 'config.toml' and (path.parent/'origin.json').exists() else None
 
 class _Parent(TypedDict):
