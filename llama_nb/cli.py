@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PYTHON', 'COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'check_sources', 'TokenizerCommand', 'print_reading',
            'Data', 'print_shards', 'Ids', 'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini',
-           'train', 'read_prompts', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main',
+           'Init', 'train', 'read_prompts', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main',
            'program']
 
 # %% ../nbs/92_cli.ipynb #imports
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import tyro
 from . import __version__
-from .config import check_fields, load_run, parse_flags, read_toml, setting
+from .config import check_fields, degrees, load_run, named_step, parse_flags, read_toml
+from .config import setting, take_flag
 from .core import UserError, choose, is_temporary, pick_device
 
 # %% ../nbs/92_cli.ipynb #toy-command
@@ -157,7 +158,7 @@ class Ids:
     files:tyro.conf.Positional[tuple[str, ...]]=() # in the order of the tokens
     dtype:str=''                     # of the numbers in .bin files: uint16, uint32, int32, ...
     tokenizer:str=''                 # SentencePiece model that made them; without it the next two
-    vocab_size:int=setting(0, zero=True, max=2**31 - 1)  # ids are below this
+    vocab_size:int=setting(0, zero=True, max=2**24)      # ids are below this
     bytes_per_token:float=setting(0., zero=True)         # of the text, on average; bits per byte need it
     held_out:float=0.05              # fraction of the documents that is kept for validation
     tokens_per_shard:int=2**30       # most tokens per file, of 2 bytes or 4
@@ -196,16 +197,16 @@ class Show:
     sequence:int=-1                  # number of one sequence in it, from 0; -1 prints all
 
     def run(self)->int: # exit code
-        from llama_nb.data.mixture import Mixture, source_table
+        from llama_nb.data.mixture import Mixture, source_table, text_facts
         from llama_nb.train.run import open_data
         path = Path(self.run_path)
         if path.suffix == '.toml' and 'source' in read_toml(path):
             print(source_table(Mixture(path)))
             return 0
-        config = load_run(path/'config.toml' if path.is_dir() else path)
+        config = load_run(path, read_text=text_facts)
         loader, _ = open_data(config)
         if self.batch == self.sequence == -1:
-            print(source_table(loader.shards, loader.epochs(config.train.steps*loader.batch_size)))
+            print(source_table(loader.shards, loader.epochs(loader.first(config.train.steps))))
         else:
             self.print_batch(loader)
         return 0
@@ -314,15 +315,62 @@ class Mini:
         print('\n' + describe_corpus(Path(self.out), mixture))
         return 0
 
+# %% ../nbs/92_cli.ipynb #init-command
+@dataclass(frozen=True)
+class Init:
+    "Write a commented run file, fitted to token shards and to this machine"
+    tokens:tyro.conf.Positional[str] # OUT of `llama-nb data`, a folder of token shards, or a mixture (TOML)
+    run_path:tyro.conf.Positional[str]='run.toml' # run file to write; must not exist yet
+    size:str=''                      # toy, 10M, 25M, 125M, 350M, 1.3B, 7B; chosen if empty
+    minutes:float=setting(0., zero=True, min=.01, max=1e7) # of training; 0: 10 on a CPU, 60 on a GPU
+    device:str='auto'                # auto, cpu, cuda, mps
+    out:str=''                       # run folder; if empty, runs/ and the name of the file
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code
+        from llama_nb.train.first_run import answer
+        return answer(self)
+
+# %% ../nbs/92_cli.ipynb #fork-arguments
+def _spelled_out(args:list[str])->list[str]:
+    "`--fork RUN[@STEP] ...` as a run's folder and settings. Raises `UserError`"
+    args = [word for a in args for word in (a.split('=', 1) if a.startswith('--fork=') else [a])]
+    if '--fork' not in args: return args
+    at = args.index('--fork')
+    parent, rest = args[at + 1:at + 2], [*args[:at], *args[at + 2:]]
+    if not parent or parent[0].startswith('-'):
+        raise UserError('--fork needs a run: llama-nb train --fork RUN[@STEP] --out NEW')
+    fork = ['--train.fork', parent[0], '--train.init=', '--data.shift', '0']
+    if rest and not rest[0].startswith('-'): return [rest[0], *fork, *rest[1:]]     # with a run file
+    if not any(a.split('=')[0] == '--out' for a in rest):
+        raise UserError('a fork is a new run and needs a folder: llama-nb train --fork RUN[@STEP] --out NEW')
+    return [str(named_step(parent[0])[0]), *fork, *rest]
+
 # %% ../nbs/92_cli.ipynb #train-command
 def train(args:list[str])->int: # exit code
-    "`llama-nb train [RUN.toml] [--section.key value ...]`; with `--dry-run [GPUS]`, what that would take"
+    """`llama-nb train [RUN.toml | RUN] [--fork RUN[@STEP]] [--section.key value ...]`; with `--dry-run
+    [GPUS]`, what that would take; with `--check [--ranks N]`, whether it could begin; with `--nproc N`, on
+    so many GPUs"""
+    args = _spelled_out(args)
     if any(a.split('=')[0] in ('--dry-run', '--dry_run') for a in args):
         from llama_nb.scale.dryrun import dry_run_command
         return dry_run_command(args)
-    if not args: raise UserError('train needs a run file: llama-nb train RUN.toml [--section.key value ...]')
+    check, _, args = take_flag(args, '--check')
+    _, ranks, args = take_flag(args, '--ranks')
+    _, memory, args = take_flag(args, '--gpu-memory', float)
+    several, processes, args = take_flag(args, '--nproc')
+    if not args:
+        raise UserError('train needs a run file, or the folder of a run: '
+                        'llama-nb train RUN.toml [--section.key value ...]')
     path, settings = ('', args) if args[0].startswith('-') else (args[0], args[1:])
-    config = load_run(path, settings)      # a mistake in it need not wait for PyTorch
+    config = load_run(path, settings, _text_facts)      # a mistake in it need not wait for PyTorch
+    if check: return _check(config, ranks or processes, memory)
+    if ranks or memory: raise UserError('--ranks and --gpu-memory belong to --check or --dry-run')
+    if several: return _launch(config, processes, args)
+    return _train(config)
+
+def _train(config)->int: # exit code
     from llama_nb.parallel.processes import stop_ranks
     from llama_nb.train.host import prepare_run
     from llama_nb.train.trainer import fit, start_run
@@ -330,6 +378,21 @@ def train(args:list[str])->int: # exit code
     stopped = fit(run)
     stop_ranks()
     return 128 + stopped if stopped else 0
+
+def _check(config, ranks:int|None, memory:float|None)->int: # exit code
+    from llama_nb.train.check import check_run
+    for line in check_run(config, ranks, 1e9*(memory or 0)): print(line, flush=True)
+    return 0
+
+def _launch(config, processes:int|None, args:list[str])->int: # exit code
+    from llama_nb.train.launch import launch_ranks
+    if processes is None: raise UserError('--nproc takes a number of processes, one for each GPU: --nproc 8')
+    degrees(config.parallel, config.model, processes)   # said once, and not by each of them
+    return launch_ranks(['train', *args], processes)
+
+def _text_facts(path)->tuple[int, int]: # size of its vocabulary, number of its tokens
+    from llama_nb.data.mixture import text_facts
+    return text_facts(path)
 
 # %% ../nbs/92_cli.ipynb #read-prompts
 def read_prompts(path:str # of a file; `-` is standard input
@@ -444,7 +507,7 @@ class Convert:
 @dataclass(frozen=True)
 class PlanCommand:
     "Compute memory, time, energy and failures of a run, and the fastest layout that fits"
-    run_path:tyro.conf.Positional[str]=''  # run file (TOML); or give --model
+    run_path:tyro.conf.Positional[str]=''  # run file (TOML), or run folder; or give --model
     model:str=''                     # 7B, 13B, 33B, 65B, toy, or a TOML file with a [model] table
     gpus:int=setting(0, zero=True, max=2**20)         # GPUs; 0: as many as the run file's layout says
     gpu:str='A100-80GB'              # A100-40GB, A100-80GB, H100-80GB, H100-500W, H200
@@ -478,12 +541,14 @@ class PlanCommand:
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
             'data fetch': Fetch, 'data mini': Mini, 'data ids': Ids, 'data join': Join, 'data show': Show,
-            'train': train, 'generate': Generate, 'eval': Eval, 'convert': Convert, 'plan': PlanCommand}
+            'init': Init, 'train': train, 'generate': Generate, 'eval': Eval, 'convert': Convert,
+            'plan': PlanCommand}
 
 def usage()->str:
     "What `llama-nb --help` prints"
     about = {name: command.__doc__ for name, command in COMMANDS.items()}
-    about['train'] = 'Train a model from a run file (TOML); any setting can follow as --section.key value'
+    about['train'] = ('Train from a run file (TOML), or go on with a run; settings follow as '
+                      '--section.key value, and --fork RUN begins another run')
     return '\n'.join([f'llama-nb {__version__}: LLaMA (Touvron et al., 2023), from text to samples', '',
                       *(f'  llama-nb {name:<11} {text}' for name, text in about.items()), '',
                       'llama-nb COMMAND --help lists the settings of a command.'])

@@ -6,6 +6,7 @@ import pytest, torch
 from safetensors.torch import save_file
 from torch import nn
 import llama_nb.train.checkpoint as ckpt
+from llama_nb import untrusted
 from llama_nb.core import UserError, is_temporary
 from llama_nb.train.checkpoint import (CheckpointError, StorageError, latest_checkpoint, list_checkpoints,
                                        load_checkpoint, load_into, save_checkpoint, verify_checkpoint)
@@ -316,7 +317,7 @@ def away(*args, **kwargs): raise OSError(errno.ESTALE, 'Stale file handle')
 
 DIGEST = 'llama_nb.train.checkpoint.file_digest'
 
-@pytest.mark.parametrize('call', ['pathlib.Path.read_text', DIGEST, 'os.listdir'])
+@pytest.mark.parametrize('call', ['llama_nb.untrusted.open_regular', DIGEST, 'os.listdir'])
 def test_storage_that_refuses_to_read_is_not_damage(tmp_path, monkeypatch, call):
     "The file server is away: nothing is passed over, nobody is told to remove anything, and it may pass"
     save(tmp_path, 10)
@@ -344,11 +345,11 @@ def test_one_file_that_fails_while_reading(tmp_path, monkeypatch):
 def test_nothing_more_is_removed_while_storage_refuses(tmp_path, monkeypatch):
     "A checkpoint whose manifest cannot be read now takes no place among those that are kept"
     for step in (10, 20): save(tmp_path, step)
-    real = Path.read_text
+    real = untrusted.open_regular
     def failing(path, *args, **kwargs):
         if 'step-00000020' in str(path): away()
         return real(path, *args, **kwargs)
-    monkeypatch.setattr(Path, 'read_text', failing)
+    monkeypatch.setattr(untrusted, 'open_regular', failing)
     save(tmp_path, 30)
     assert names(tmp_path) == ['step-00000010', 'step-00000020', 'step-00000030']
 

@@ -3,9 +3,9 @@ import os
 from pathlib import Path
 import pytest
 from conftest import ask, variant
-from llama_nb.config import load_run
+from llama_nb.config import load_run, take_flag
 from llama_nb.core import UserError
-from llama_nb.scale.dryrun import _take, dry_run_command, ranks_of
+from llama_nb.scale.dryrun import dry_run_command, ranks_of
 from llama_nb.scale.memory import buffer_bytes
 from dryrun_worker import MODEL, small
 
@@ -118,10 +118,11 @@ def test_the_command(llama_nb, tmp_path):
     assert sorted(tmp_path.rglob('*')) == before
 
 def test_flags_are_taken_out():
-    assert _take(['a.toml', '--dry-run', '8', '--x', '1'], '--dry-run', int) == (8, ['a.toml', '--x', '1'])
-    assert _take(['a.toml', '--dry_run=8'], '--dry-run', int) == (8, ['a.toml'])
-    assert _take(['--dry-run', 'a.toml'], '--dry-run', int) == (None, ['a.toml'])
-    assert _take(['a.toml', '--dry-run', '--x', '1'], '--dry-run', int) == (None, ['a.toml', '--x', '1'])
+    def taken(*args): return take_flag(list(args), '--dry-run')
+    assert taken('a.toml', '--dry-run', '8', '--x', '1') == (True, 8, ['a.toml', '--x', '1'])
+    assert taken('a.toml', '--dry_run=8') == (True, 8, ['a.toml'])
+    assert taken('--dry-run', 'a.toml') == (True, None, ['a.toml'])
+    assert taken('a.toml', '--dry-run', '--x', '1') == (True, None, ['a.toml', '--x', '1'])
 
 def test_ranks_that_a_run_file_asks_for():
     assert ranks_of(load_run(CONFIGS/'65B.toml')) == 2048

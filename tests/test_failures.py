@@ -262,12 +262,21 @@ def test_the_batch_script_hands_over_cores_connections_and_a_port(tmp_path):
         '#!/bin/bash\nprintf "%s\\n" "$@" "limit $(ulimit -n)" "lazy $TORCH_GLOO_LAZY_INIT" "port '
         '$MASTER_PORT" > called\n')
     (tmp_path/'scontrol').write_text('#!/bin/bash\necho first-machine\n')
-    for name in ('srun', 'scontrol'): (tmp_path/name).chmod(0o755)
+    (tmp_path/'python').write_text('#!/bin/bash\necho "$@" > checked\nexit $CODE\n')
+    for name in ('srun', 'scontrol', 'python'): (tmp_path/name).chmod(0o755)
     slurm = dict(SLURM_JOB_NAME='llama', SLURM_JOB_ID='19999', SLURM_JOB_NODELIST='node[1-2]',
-                 SLURM_NTASKS='16', SLURM_CPUS_PER_TASK='8', PATH=f'{tmp_path}:{os.environ["PATH"]}')
-    done = subprocess.run(['bash', str(ROOT/'configs'/'train.sbatch'), 'run.toml'], env={**ENV, **slurm},
-                          cwd=tmp_path, capture_output=True, text=True, timeout=60)
+                 SLURM_NTASKS='16', SLURM_CPUS_PER_TASK='8', PATH=f'{tmp_path}:{os.environ["PATH"]}',
+                 PYTHON=str(tmp_path/'python'))
+    def submit(code):
+        return subprocess.run(['bash', str(ROOT/'configs'/'train.sbatch'), 'run.toml'], cwd=tmp_path,
+                              env={**ENV, **slurm, 'CODE': code}, capture_output=True, text=True, timeout=60)
+    for code, words in (('2', 'only you can mend'), ('75', 'the storage failed, 1 of 5')):
+        refused = submit(code)                                          # by the check, before any rank began
+        assert refused.returncode == int(code) and words in refused.stdout
+        assert not (tmp_path/'called').exists()
+    done = submit('0')
     assert done.returncode == 0, done.stderr
+    assert (tmp_path/'checked').read_text() == '-m llama_nb train run.toml --check --ranks 16\n'
     called = (tmp_path/'called').read_text().splitlines()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert '--cpus-per-task=8' in called and 'lazy 1' in called and 'port 29999' in called

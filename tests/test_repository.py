@@ -69,8 +69,9 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 
 # --- imports point one way ----------------------------------------------------------------------
 
-GROUND = ['core', 'files', 'config']
-BELOW = {'core': [], 'files': [], 'private': [], 'config': ['core', 'files'], 'data': GROUND,
+GROUND = ['core', 'files', 'untrusted', 'config']
+BELOW = {'core': [], 'files': [], 'untrusted': ['core'], 'private': [],
+         'config': ['core', 'files', 'untrusted'], 'data': GROUND,
          'model': [*GROUND, 'private']}
 BELOW['parallel'] = [*BELOW['model'], 'model']
 BELOW['scale'] = [*GROUND, 'model']                           # arithmetic on configurations

@@ -61,7 +61,7 @@ def build_raw(out:Path, source:str, size:int):
 
 def origins(out, source:str)->list[Origin]:
     "What a source was made of"
-    return [Origin(**row) for row in read_toml(Path(out)/'raw'/source/'origins.toml')['origin']]
+    return [Origin(**row) for row in read_toml(Path(out)/'raw'/source/'origins.toml', 2**26)['origin']]
 
 def _each(work:Callable, tasks:list[tuple], workers:int):
     "Do the tasks"

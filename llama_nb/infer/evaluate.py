@@ -24,7 +24,7 @@ from ..data.shards import TokenShards, write_shards
 from ..data.sources import read_documents
 from ..data.tokenizer import Tokenizer
 from .load import load_model, named_or_newest, run_folder
-from ..train.checkpoint import list_checkpoints
+from ..train.checkpoint import list_checkpoints, read_state
 from ..train.loss import bits_per_byte, zlib_bits_per_byte
 from ..train.sharded import CheckpointError
 from ..train.trainer import forward_loss, token_row
@@ -207,7 +207,8 @@ def _about_score(s:Score)->dict:
 
 def _about_checkpoint(path:Path, config:RunConfig, scores:dict[str, Score])->dict:
     step, total = int(path.name.rpartition('-')[2]), add_scores(scores.values())
-    about = {'step': step, 'tokens_seen': step*config.data.batch_size*config.data.seq_len,
+    tokens = read_state(path).get('tokens', step*config.data.batch_size*config.data.seq_len)
+    about = {'step': step, 'tokens_seen': tokens,
              **_about_score(total)}
     return about | ({'sources': {k: _about_score(s) for k, s in scores.items()}} if len(scores) > 1 else {})
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MemoryWatch', 'collective_name', 'mesh_axes', 'ring_bytes', 'StepWatch', 'phases', 'watch_step',
-           'dry_config', 'dry_step', 'ranks_of', 'DryRun', 'memory_curve', 'dry_run', 'dry_child', 'report_lines',
+           'dry_config', 'dry_step', 'DryRun', 'memory_curve', 'dry_run', 'dry_child', 'report_lines',
            'dry_run_command']
 
 # %% ../../nbs/82_scale.dryrun.ipynb #imports
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from ..config import RunConfig, degrees, load_run
+from ..config import RunConfig, degrees, load_run, take_flag
 from ..core import UserError
 from ..model import kernels, transformer
 from ..parallel.mesh import make_mesh
@@ -30,6 +30,7 @@ from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tenso
 from .layout import USABLE
 from .memory import compiler_saves, memory_per_rank
 from ..train import trainer
+from ..train.check import ranks_of
 from ..train.optim import make_optimizer
 from ..train.run import Trainer, build_model, check_settings, open_data
 from ..train.state import prepare_optimizer
@@ -279,11 +280,6 @@ def _one_block(config:RunConfig, layout:tuple)->RunConfig:
     data, model = replace(config.data, batch_size=batch), replace(config.model, n_layers=1)
     return replace(config, data=data, model=model)
 
-def ranks_of(config:RunConfig)->int:
-    "Ranks that the run file asks for, at least"
-    p = config.parallel
-    return p.replicate*max(p.shard, 1)*p.tensor
-
 # %% ../../nbs/82_scale.dryrun.ipynb #result
 KINDS = ('weights', "AdamW's moments", 'gradients', 'activations', 'gathered weights', 'logits',
          'communication', 'temporary')
@@ -414,8 +410,8 @@ def _fits_line(run:DryRun, gpu_bytes:float)->str:
 # %% ../../nbs/82_scale.dryrun.ipynb #command
 def dry_run_command(args:list[str])->int: # exit code
     "`llama-nb train RUN.toml --dry-run [GPUS] [--gpu-memory GB] [--section.key value ...]`"
-    gpus, args = _take(args, '--dry-run', int)
-    memory, args = _take(args, '--gpu-memory', float)
+    _, gpus, args = take_flag(args, '--dry-run')
+    _, memory, args = take_flag(args, '--gpu-memory', float)
     path, settings = ('', args) if not args or args[0].startswith('-') else (args[0], args[1:])
     if not args: raise UserError('a dry run needs a run file: llama-nb train RUN.toml --dry-run [GPUS]')
     config = load_run(path, settings)
@@ -429,27 +425,12 @@ def dry_run_command(args:list[str])->int: # exit code
                         'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
     return 0
 
-def _take(args:list[str], flag:str, kind:type)->tuple: # its value, None without one; the other arguments
-    "Take a flag and its number out of the arguments. Raises `UserError` for a number that is none"
-    names = {flag, flag.replace('-', '_').replace('__', '--', 1)}
-    args = [word for a in args for word in (a.split('=', 1) if a.split('=')[0] in names else [a])]
-    at = next((i for i, a in enumerate(args) if a in names), None)
-    if at is None: return None, args
-    rest = args[:at], args[at + 1:]
-    value = rest[1][0] if rest[1] and not rest[1][0].startswith('--') else None
-    if value is None or value.endswith('.toml'): return None, [*rest[0], *rest[1]]
-    try:
-        number = kind(value)
-    except ValueError:
-        number = 0
-    if not 0 < number < 1e9: raise UserError(f'{flag} takes a number above 0, not {value!r}')
-    return number, [*rest[0], *rest[1][1:]]
-
 def _data_line(config:RunConfig)->str:
     "What the run would read, if it is here"
     texts = filter(None, (config.data.train, config.data.held_out))
     missing = ' and '.join(path for path in texts if not Path(path).exists())
     if missing: return f'not seen    {missing}: not here; and the folder {config.out}'
     loader, _ = open_data(config)
-    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size))
+    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size
+                                                                 + config.data.shift))
     return f'data        {config.data.train}: gone through {epochs} times; not seen: the folder {config.out}'

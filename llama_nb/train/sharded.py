@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['storage_on_all_ranks', 'storage_on_rank_zero', 'boxes_of', 'pick_writers', 'Plan', 'plan_sharded', 'CheckpointError',
-           'StorageError', 'disk', 'stored_text', 'save_tensors', 'write_sharded', 'read_index', 'files_of',
-           'read_sharded']
+           'StorageError', 'disk', 'stored_json', 'save_tensors', 'write_sharded', 'read_index', 'files_of',
+           'read_sharded', 'check_fit', 'file_index', 'read_file']
 
 # %% ../../nbs/61_train.sharded.ipynb #imports
 import json, math, shutil, stat
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, TypedDict
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +31,7 @@ from ..core import TemporaryError, UserError, is_temporary
 from ..files import bytes_digest, file_digest, fsync_file
 from ..parallel.mesh import error_line, on_all_ranks, on_rank_zero, rank_and_size
 from ..private import is_strided
+from ..untrusted import read_json
 
 # %% ../../nbs/61_train.sharded.ipynb #boxes
 def boxes_of(shape,            # of the whole tensor
@@ -192,14 +195,22 @@ def disk(path:Path):
         kind = StorageError if may_pass else CheckpointError
         raise kind(f'{error_line(OSError(str(e)))} ({free:,.1f} MB free)') from e
 
-# %% ../../nbs/61_train.sharded.ipynb #stored-text
-def stored_text(path:Path)->str: # empty if there is none, or none that can be read
-    "A short file of a checkpoint. Raises `StorageError` where the storage refuses: that is no damage"
+# %% ../../nbs/61_train.sharded.ipynb #stored-json
+_SHORT = 2**31              # bytes of a short file; the index of 65B on 2,048 ranks has 20 MB
+
+def stored_json(path:Path,
+                kind,       # its schema
+               )->dict:
+    """A short file of a checkpoint. Raises `CheckpointError` if it is missing or damaged, `StorageError`
+    where the storage refuses: that is no damage"""
     try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, ValueError) as e:                       # ValueError: bytes that are no text
+        return read_json(path, kind, _SHORT, path.parent)
+    except OSError as e:
         if is_temporary(e): raise StorageError(f'{path} cannot be read: {e.strerror}') from e
-        return ''
+        why = e.strerror
+    except UserError as e:
+        why = str(e).removeprefix(f'{path} ')
+    raise CheckpointError(f'{path.parent}: {path.name} is missing or damaged ({why})')
 
 # %% ../../nbs/61_train.sharded.ipynb #writer
 def _write_mine(folder:Path, plan:Plan, rank:int)->dict[str,dict]: # file -> bytes, sha256
@@ -292,27 +303,39 @@ def _add_sizes(sizes:dict[str,int], name:str, entry:dict):
     part, itemsize = name.partition('/')[0], getattr(torch, entry['dtype']).itemsize
     for rank, _, shape in entry['pieces']: sizes[_file(part, rank)] += math.prod(shape)*itemsize
 
+# %% ../../nbs/61_train.sharded.ipynb #index-schema
+_Size = Annotated[int, Meta(ge=0, le=2**48)]
+_Shape = Annotated[list[_Size], Meta(max_length=8)]
+_Rank = Annotated[int, Meta(ge=0, lt=2**20)]
+
+class _Tensor(TypedDict):
+    dtype:Annotated[str, Meta(max_length=32)]
+    shape:_Shape
+    pieces:list[tuple[_Rank, _Shape, _Shape]]               # rank, offset, shape of each box
+
+class _Index(TypedDict):
+    tensors:dict[str, _Tensor]
+
 # %% ../../nbs/61_train.sharded.ipynb #index
 def read_index(folder:Path)->dict[str,dict]: # 'part/name' -> dtype, shape, pieces: [rank, offset, shape] each
     """What lies where. Raises `CheckpointError` if the index is missing or damaged, or leaves a hole in a
     tensor; `StorageError` if it cannot be read for now"""
-    text = stored_text(folder/'index.json')
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        tensors = json.loads(text)['tensors']
-        if all(_is_whole(name, **t) for name, t in tensors.items()): return tensors
-    raise CheckpointError(f'{folder}: index.json is missing or damaged')
+    tensors = stored_json(folder/'index.json', _Index)['tensors']
+    for name, entry in tensors.items():
+        if _is_whole(name, **entry): continue
+        raise CheckpointError(f'{folder}: index.json is missing or damaged ({name[:80]!r} is not whole)')
+    return tensors
 
 def _is_whole(name:str, dtype:str, shape:list, pieces:list)->bool:
     "Whether each number of the tensor lies in one of the boxes, and in no other"
-    if '/' not in name or not isinstance(getattr(torch, dtype), torch.dtype): return False
+    if '/' not in name or not isinstance(getattr(torch, dtype, None), torch.dtype): return False
     inside = all(_is_inside(shape, *box) for box in pieces)
     full = sum(math.prod(size) for _, _, size in pieces) == math.prod(shape)
     return inside and full and _are_apart([(offset, size) for _, offset, size in pieces])
 
 def _is_inside(shape:list, rank:int, offset:list, size:list)->bool:
-    if type(rank) is not int or rank < 0: return False
     if not len(offset) == len(size) == len(shape): return False
-    return all(0 <= o and 0 <= s and o + s <= n for o, s, n in zip(offset, size, shape))
+    return all(o + s <= n for o, s, n in zip(offset, size, shape))
 
 def _are_apart(boxes:list[tuple], axis:int=0)->bool: # boxes: offset and size of each
     "Whether no two boxes overlap that a mesh has cut: in layers along this axis, and in each along the next"
@@ -344,18 +367,19 @@ def _read(folder:Path, index:dict, wanted:dict[str,Tensor]):
         full, offset = item.storage_index.fqn, tuple(item.storage_index.offset)
         rank, shape = boxes[full, offset]
         part, _, name = full.partition('/')
-        files[_file(part, rank)].append((name, shape, item))
+        file = folder if folder.is_file() else folder/_file(part, rank)
+        files[file].append((name, (index[full]['dtype'], shape), item))
     for file, items in files.items():
-        with safe_open(folder/file, 'pt') as f:
-            for name, shape, item in items:
+        with safe_open(file, 'pt') as f:
+            for name, kind, item in items:
                 target = planner.resolve_tensor(item).detach()
-                _fill(target, f.get_slice(name), shape, item, f'{name} in {folder/file}')
+                _fill(target, f.get_slice(name), kind, item, f'{name} in {file}')
 
-def _fill(target:Tensor, stored, shape:list, item, what:str):
+def _fill(target:Tensor, stored, kind:tuple[str, list], item, what:str): # kind: type and shape in the index
     "Copy the part of a stored box that torch's planner wants"
     wanted = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
     there = stored[wanted]
-    if stored.get_shape() != shape or there.dtype != target.dtype:
+    if (str(there.dtype).removeprefix('torch.'), stored.get_shape()) != kind:
         raise CheckpointError(f'{what} is not what index.json says')
     target.copy_(there)
 
@@ -380,9 +404,7 @@ def read_sharded(folder:Path,
     if any cannot, before anything is changed if names, shapes or types do not fit"""
     wanted = _flat(tensors)
     there = {name: t for name, t in index.items() if name.partition('/')[0] in tensors}
-    def check():
-        _check_names(folder, wanted, there)
-        for name, t in wanted.items(): _check_kind(folder, name, t, there[name])
+    def check(): check_fit(folder, tensors, there)
     def read():
         try:
             _read(folder, there, wanted)
@@ -395,6 +417,16 @@ def read_sharded(folder:Path,
             storage_on_all_ranks(action, group)
 
 # %% ../../nbs/61_train.sharded.ipynb #check-fit
+def check_fit(folder:Path,
+              tensors:dict[str,dict[str,Tensor]], # part -> name -> Tensor in any layout, or on `meta`
+              index:dict,                         # of the same parts, as `read_index` returns it
+              types:bool=True,                    # False: numbers may be stored in another type
+             ):
+    "Raise `CheckpointError` unless what is stored has the same names, shapes and types"
+    wanted = _flat(tensors)
+    _check_names(folder, wanted, index)
+    for name, t in wanted.items(): _check_kind(folder, name, t, index[name], types)
+
 def _check_names(folder:Path, wanted:dict[str,Tensor], there:dict[str,dict]):
     "Raise `CheckpointError` naming the first tensors that only the run or only the checkpoint has"
     only = {'lacks': [n for n in wanted if n not in there],
@@ -403,10 +435,37 @@ def _check_names(folder:Path, wanted:dict[str,Tensor], there:dict[str,dict]):
         more = f' and {len(names) - 3} more' if len(names) > 3 else ''
         if names: raise CheckpointError(f'{folder} {words} {", ".join(names[:3])}{more}')
 
-def _check_kind(folder:Path, name:str, t:Tensor, entry:dict):
+def _check_kind(folder:Path, name:str, t:Tensor, entry:dict, types:bool):
     "Raise `CheckpointError` unless a tensor has the same shape and type in the checkpoint"
     have = tuple(entry['shape']), entry['dtype']
     want = tuple(t.shape), str(t.dtype).removeprefix('torch.')
-    if have == want: return
+    if have == want or have[0] == want[0] and not types: return
     raise CheckpointError(f'{folder} has {name} in shape {have[0]} and type {have[1]}, '
                           f'this run {want[0]} and {want[1]}')
+
+# %% ../../nbs/61_train.sharded.ipynb #one-file
+_TYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+
+def file_index(path:Path # of a safetensors file of weights
+              )->dict:   # as `read_index` returns it, all in part `model`
+    "Raises `CheckpointError` if it cannot be read"
+    try:
+        with safe_open(path, 'pt') as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return {f'model/{name}': _one_box(s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f'{path} cannot be read: {error_line(OSError(str(e)))}') from e
+
+def _one_box(dtype:str, shape:list)->dict:
+    return {'dtype': _TYPES.get(dtype, dtype), 'shape': shape, 'pieces': [[0, [0]*len(shape), shape]]}
+
+def read_file(path:Path,               # a safetensors file
+              weights:dict[str,Tensor], # name -> Tensor or DTensor in any layout
+              group=None,               # of the ranks that call
+             ):
+    "Fill `weights` in place with what this rank holds of them. All ranks raise the same `CheckpointError`"
+    def read():
+        index = file_index(path)
+        check_fit(path, {'model': weights}, index, types=False)
+        _read(path, index, _flat({'model': weights}))
+    storage_on_all_ranks(read, group)
