@@ -16,7 +16,7 @@ linux_x86 = [f'{r}; sys_platform == "linux" and platform_machine == "x86_64"'
 # What some of the seven sources need
 data = cfg['data_requirements'].split()
 
-# Tables by columns as a source of text: large, and few have them
+# Parquet files as a source of text: 50 MB, so it is no part of `data`
 parquet = cfg['parquet_requirements'].split()
 
 # Cleaning under Slurm or Ray, and from addresses
@@ -27,7 +27,7 @@ wandb = cfg['wandb_requirements'].split()
 
 # The site is part of `test`, so that a link or a formula that breaks is seen; `dev` is for who edits pages
 docs = cfg['docs_requirements'].split()
-test = cfg['test_requirements'].split() + docs + data + wandb
+test = cfg['test_requirements'].split() + docs + data + parquet + wandb
 dev = cfg['dev_requirements'].split() + test
 
 setup(

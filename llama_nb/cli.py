@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PYTHON', 'COMMANDS', 'TEMPORARY', 'Toy', 'refuse_existing', 'check_sources', 'TokenizerCommand', 'print_reading',
-           'Data', 'print_shards', 'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'Init',
-           'train', 'read_prompts', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main',
+           'Data', 'print_shards', 'Ids', 'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini',
+           'Init', 'train', 'read_prompts', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main',
            'program']
 
 # %% ../nbs/92_cli.ipynb #imports
@@ -148,6 +148,33 @@ def print_shards(shards):
     "A line about a folder of shards"
     print(f'{shards.folder}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, '
           f'{shards.n_bytes/shards.n_tokens:.2f} bytes per token')
+
+# %% ../nbs/92_cli.ipynb #ids-command
+@dataclass(frozen=True)
+class Ids:
+    "Make shards of token ids that another program has written: .npy, or .bin with --dtype"
+    out:tyro.conf.Positional[str]    # folder for train and held_out; must not hold them yet
+    separator:int                    # id between documents; it ends them, or begins them if it is the first
+    files:tyro.conf.Positional[tuple[str, ...]]=() # in the order of the tokens
+    dtype:str=''                     # of the numbers in .bin files: uint16, uint32, int32, ...
+    tokenizer:str=''                 # SentencePiece model that made them; without it the next two
+    vocab_size:int=setting(0, zero=True, max=2**24)      # ids are below this
+    bytes_per_token:float=setting(0., zero=True)         # of the text, on average; bits per byte need it
+    held_out:float=0.05              # fraction of the documents that is kept for validation
+    tokens_per_shard:int=2**30       # most tokens per file, of 2 bytes or 4
+
+    def __post_init__(self): check_fields(self)
+
+    def run(self)->int: # exit code
+        from contextlib import nullcontext
+        from llama_nb.data.token_ids import shard_ids, vocabulary
+        from llama_nb.data.tokenizer import Tokenizer
+        known = nullcontext(Tokenizer(self.tokenizer)) if self.tokenizer else None
+        with known or vocabulary(self.vocab_size, self.bytes_per_token) as tokenizer:
+            made = shard_ids(self.files, tokenizer, self.out, self.separator, self.dtype, self.held_out,
+                             self.tokens_per_shard)
+        for shards in made.values(): print_shards(shards)
+        return 0
 
 # %% ../nbs/92_cli.ipynb #join-command
 @dataclass(frozen=True)
@@ -513,8 +540,9 @@ class PlanCommand:
 
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
-            'data fetch': Fetch, 'data mini': Mini, 'data join': Join, 'data show': Show, 'init': Init,
-            'train': train, 'generate': Generate, 'eval': Eval, 'convert': Convert, 'plan': PlanCommand}
+            'data fetch': Fetch, 'data mini': Mini, 'data ids': Ids, 'data join': Join, 'data show': Show,
+            'init': Init, 'train': train, 'generate': Generate, 'eval': Eval, 'convert': Convert,
+            'plan': PlanCommand}
 
 def usage()->str:
     "What `llama-nb --help` prints"

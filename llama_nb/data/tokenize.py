@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 import numpy as np
 import sentencepiece
@@ -531,11 +532,14 @@ def join_shards(folders:list, # of token shards, in the order that the tokens sh
         shards += [{**shard, 'name': name} for name, shard in named.items()]
     files['tokenizer.model'] = parts[0].manifest['files']['tokenizer.model']
     limit = max(part.manifest['tokens_per_shard'] for part in parts)
-    _publish_joined(out, Tokenizer(parts[0].tokenizer_path), limit, shards, files, told)
+    first = parts[0]            # its tokenizer may be a note about one that is not here
+    tokenizer = SimpleNamespace(path=first.tokenizer_path, vocab_size=first.vocab_size,
+                                digest=first.tokenizer_digest)
+    _publish_joined(out, tokenizer, limit, shards, files, told)
     return TokenShards(out)
 
 # %% ../../nbs/7I_data.tokenize.ipynb #publish-joined
-def _publish_joined(out:Path, tokenizer:Tokenizer, limit:int, shards:list, files:dict, told:dict):
+def _publish_joined(out:Path, tokenizer, limit:int, shards:list, files:dict, told:dict):
     "The folder of the joined shards: manifest and tokenizer"
     with publishing(out) as building:
         shutil.copyfile(tokenizer.path, building/'tokenizer.model')
