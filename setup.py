@@ -16,12 +16,18 @@ linux_x86 = [f'{r}; sys_platform == "linux" and platform_machine == "x86_64"'
 # What some of the seven sources need
 data = cfg['data_requirements'].split()
 
+# Tables by columns as a source of text: large, and few have them
+parquet = cfg['parquet_requirements'].split()
+
 # Cleaning under Slurm or Ray, and from addresses
 cluster = data + cfg['cluster_requirements'].split()
 
+# For runs that are watched at Weights & Biases
+wandb = cfg['wandb_requirements'].split()
+
 # The site is part of `test`, so that a link or a formula that breaks is seen; `dev` is for who edits pages
 docs = cfg['docs_requirements'].split()
-test = cfg['test_requirements'].split() + docs + data
+test = cfg['test_requirements'].split() + docs + data + wandb
 dev = cfg['dev_requirements'].split() + test
 
 setup(
@@ -40,7 +46,8 @@ setup(
     package_dir={'': '.'},   # `pip install -e .` then writes a path, which editors and type checkers follow
     package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split() + linux_x86,
-    extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'cluster': cluster},
+    extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'parquet': parquet,
+                    'cluster': cluster, 'wandb': wandb},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,

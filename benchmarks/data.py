@@ -77,7 +77,8 @@ def stages(docs, corpus:Path, folder:Path)->list[tuple]: # stage, {who: MB a sec
 
 def reading(docs, folder):
     from datatrove.pipeline.readers import JsonlReader
-    from llama_nb.data.documents import read_documents, write_jsonl
+    from llama_nb.data.documents import write_jsonl
+    from llama_nb.data.sources import read_documents
     place = folder/'read'
     place.mkdir()
     write_jsonl(docs, place/'part.jsonl.zst')

@@ -49,9 +49,11 @@ def is_mini(s)->bool: return s.documents == Settings.documents or (Path(s.docume
 
 def read(s):
     "The documents, in a fixed order"
-    from llama_nb.data.documents import named_documents
+    from llama_nb.data.documents import python_documents
     from llama_nb.data.mini import build_mini, clean_documents
-    if not is_mini(s): return named_documents(s.documents)
+    from llama_nb.data.sources import read_documents
+    if s.documents == 'python': return python_documents()
+    if not is_mini(s): return read_documents(s.documents)
     build_mini(s.documents)
     sources = sorted(p.name for p in (Path(s.documents)/'clean').iterdir())
     return [doc for source in sources for doc in clean_documents(s.documents, source)]

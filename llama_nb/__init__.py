@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 # %% ../nbs/96_init.ipynb #homes
 _NAMES = {'config': 'ModelConfig OptimConfig PRESETS RunConfig load_run',
           'core': 'UserError',
-          'data.documents': 'Document read_documents',
+          'data.documents': 'Document',
           'data.loader': 'Loader',
           'data.shards': 'TokenShards write_shards',
+          'data.sources': 'read_documents',
           'data.tokenizer': 'Tokenizer train_tokenizer',
           'infer.generate': 'generate stream_text',
           'infer.load': 'open_run',
@@ -45,9 +46,10 @@ def __dir__()->list[str]: return sorted({*globals(), *_HOMES})
 if TYPE_CHECKING:
     from llama_nb.config import ModelConfig, OptimConfig, PRESETS, RunConfig, load_run
     from llama_nb.core import UserError
-    from llama_nb.data.documents import Document, read_documents
+    from llama_nb.data.documents import Document
     from llama_nb.data.loader import Loader
     from llama_nb.data.shards import TokenShards, write_shards
+    from llama_nb.data.sources import read_documents
     from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
     from llama_nb.infer.generate import generate, stream_text
     from llama_nb.infer.load import open_run

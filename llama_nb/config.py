@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'MOST_PARAMS', 'PRESETS', 'RECOMPUTE_MODES', 'MOST_TOKENS', 'TOML_BYTES', 'FOLLOWS', 'FREE_SETTINGS',
-           'ffn_width', 'setting', 'check_fields', 'ModelConfig', 'parameter_table', 'OptimConfig', 'DataConfig',
-           'TrainConfig', 'ParallelConfig', 'check_tensor_degree', 'degrees', 'RunConfig', 'setting_names', 'read_toml',
-           'parse_flags', 'batch_for', 'load_run', 'take_flag', 'dump_run', 'differences']
+           'LATE_SETTINGS', 'PATHS', 'ffn_width', 'setting', 'check_fields', 'ModelConfig', 'parameter_table',
+           'OptimConfig', 'DataConfig', 'TrainConfig', 'ParallelConfig', 'check_tensor_degree', 'degrees', 'RunConfig',
+           'setting_names', 'read_toml', 'read_origin', 'named_step', 'parse_flags', 'batch_for', 'load_run',
+           'take_flag', 'dump_run', 'changes', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
-import contextlib, io, math, re, tomllib
+import contextlib, io, json, math, os, re, tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -32,11 +33,14 @@ LIMITS = {int: {'min': 1, 'max': 2**31 - 1}, float: {'above': 0, 'max': 1e38}}
 
 def setting(default=MISSING,  # value of the field; it must be given if there is none
             free:bool=False,  # may it change when a run is resumed?
+            late:bool=False,  # may it change as long as the learning rate has not begun to fall?
+            path:bool=False,  # a file or folder, from where the run was begun?
             words:tuple=(),   # what a text may be; any if empty
             **limits,         # min, max: allowed themselves; above, below: not; zero=True: 0 is allowed, too
            )->Field:
     "A field of a configuration, with what is known about it"
-    return field(default=default, metadata={'free': free, 'words': words, 'limits': limits})
+    about = {'free': free, 'late': late, 'path': path, 'words': words, 'limits': limits}
+    return field(default=default, metadata=about)
 
 def _limits(f:Field)->dict: # of a number
     "What the field says, and for an end that it leaves open, what its type says"
@@ -161,7 +165,7 @@ PRESETS = {'toy':  ModelConfig(192, 4, 6, vocab_size=2048, multiple_of=32, max_s
 # %% ../nbs/01_config.ipynb #optimconfig
 @dataclass(frozen=True)
 class OptimConfig:
-    "AdamW with warm-up and cosine (section 2.3)"
+    "AdamW with warm-up and cosine (section 2.3), or another schedule"
     lr:float=3e-4                               # peak learning rate; 1.5e-4 for 33B and 65B (Table 2)
     beta1:float=setting(0.9, min=0, below=1)    # decay rate of the first moment
     beta2:float=setting(0.95, min=0, below=1)   # decay rate of the second moment
@@ -169,19 +173,27 @@ class OptimConfig:
     weight_decay:float=setting(0.1, min=0)      # of matrices; norm weights do not decay
     max_grad_norm:float=1.0                     # clip the norm of all gradients together here
     warmup_steps:int=setting(2000, min=0)       # linear rise of the learning rate
-    min_lr_ratio:float=setting(0.1, min=0, max=1)  # last learning rate / peak
+    min_lr_ratio:float=setting(0.1, late=True, min=0, max=1)  # last learning rate / peak
+    schedule:str=setting('cosine', late=True, words=('cosine', 'wsd'))  # wsd: warm-up, stable, decay
+    decay_fraction:float=setting(0.2, late=True, above=0, max=1)  # of the steps, at the end: decay of wsd
 
     def __post_init__(self): check_fields(self)
+
+    def decay_start(self, steps:int)->int: # 0 .. steps
+        "Steps whose learning rates do not depend on how many there are in all"
+        if self.schedule == 'cosine': return self.warmup_steps
+        return steps - max(1, round(self.decay_fraction*steps))
 
 # %% ../nbs/01_config.ipynb #dataconfig
 @dataclass(frozen=True)
 class DataConfig:
     "What goes in"
-    train:str                # folder of token shards to learn from, or mixture of several (TOML file)
-    held_out:str=''          # folder of token shards for validation, or mixture; none if empty
-    seq_len:int=2048         # t, tokens in a sequence
-    batch_size:int=2048      # sequences per optimiser step (2048 x 2048 = 4M tokens, Table 2)
+    train:str=setting(path=True)          # folder of token shards, or mixture of several (TOML file)
+    held_out:str=setting('', path=True)   # the same for validation; none if empty
+    seq_len:int=2048                      # t, tokens in a sequence
+    batch_size:int=2048                   # sequences per optimiser step (2048 x 2048 = 4M tokens, Table 2)
     documents:str=setting('cross', words=('cross', 'separate')) # separate: attention ends at a border
+    shift:int=setting(0, min=-10**12, max=10**12)  # sequences by which the batches are moved; a fork sets it
 
     def __post_init__(self): check_fields(self)
 
@@ -191,8 +203,10 @@ RECOMPUTE_MODES = 'none', 'full', 'linear', 'budget'
 @dataclass(frozen=True)
 class TrainConfig:
     "How the loop runs"
-    steps:int                                         # optimiser steps
+    steps:int=setting(late=True)                      # optimiser steps
     micro_batch_size:int=setting(1, free=True)        # sequences per pass; divides data.batch_size
+    init:str=setting('', path=True)                   # begin with the weights of RUN[@STEP] or a file
+    fork:str=setting('', path=True)                   # begin with the whole state of RUN[@STEP]
     seed:int=setting(0, min=0, max=2**63 - 1)         # of the initial weights and the order of the data
     device:str=setting('auto', free=True)             # auto, cpu, cuda, cuda:1, mps
     dtype:str=setting('auto', words=('auto', 'float32', 'bfloat16'))  # auto: bfloat16 where native
@@ -210,12 +224,15 @@ class TrainConfig:
     spike_sigmas:float=setting(6.0, free=True)        # report a loss so many deviations above the last 128
     hang_minutes:float=setting(30., free=True, zero=True, min=.001, max=525_600)  # longest step; 0 = any
     peak_flops:float=setting(0., free=True, zero=True, min=1, max=1e30)  # FLOP/s of the device; 0 = unknown
+    wandb:str=setting('', free=True)                  # project at Weights & Biases; none if empty
 
     def __post_init__(self):
         check_fields(self)
         if self.recompute == 'budget' and self.compile == 'off':
             raise UserError("train.recompute 'budget' is decided by the compiler; "
                             "set train.compile to 'blocks', or train.recompute to 'linear'")
+        if self.init and self.fork:
+            raise UserError('a run begins with train.init (weights) or train.fork (everything); give one')
 
 # %% ../nbs/01_config.ipynb #parallelconfig
 @dataclass(frozen=True)
@@ -286,6 +303,10 @@ class RunConfig:
         if warmup >= steps:
             raise UserError(f'optim.warmup_steps {warmup} must be below train.steps {steps}; '
                             'lower it or train longer')
+        begin = self.optim.decay_start(steps)
+        if begin < warmup:
+            raise UserError(f'optim.decay_fraction {self.optim.decay_fraction} of {steps} steps begins at '
+                            f'{begin}, in the {warmup} of warm-up; lower one of them')
 
 # %% ../nbs/01_config.ipynb #setting-names
 def setting_names(cls=RunConfig,  # a dataclass
@@ -326,7 +347,9 @@ def _flatten(table:dict, prefix:str='')->dict:
     return flat
 
 def _toml_settings(path)->dict:
-    "The settings of TOML file `path` as dotted keys"
+    "The settings of a TOML file, or of a run's folder, as dotted keys"
+    folder = _run_of(Path(path))
+    if folder: path = folder/'config.toml'
     try:
         flat, known = _flatten(read_toml(path)), setting_names()
     except RecursionError:
@@ -337,7 +360,49 @@ def _toml_settings(path)->dict:
             raise UserError(f'{path}: {key} must be of type {kind.__name__}, not the text {value!r}')
         if kind is str and not isinstance(value, str):
             raise UserError(f'{path}: {key} must be a text in quotation marks, not {_short(value)}')
-    return flat
+    return flat | _found_again(folder, flat) if folder else flat
+
+# %% ../nbs/01_config.ipynb #run-folder
+def _run_of(path:Path)->Path|None: # None: `path` is not about a run's folder
+    "The run's folder that is meant by itself, or by its config.toml. Raises `UserError` for another folder"
+    if path.is_dir():
+        if (path/'config.toml').exists(): return path
+        raise UserError(f'{path} is not the folder of a run: no config.toml in it')
+    return path.parent if path.name == 'config.toml' and (path.parent/'origin.json').exists() else None
+
+def read_origin(folder # of a run
+               )->dict: # directory, folder, perhaps parent; empty for a run that is older than this file
+    "Where a run was begun, and from what. Raises `UserError` if that is damaged"
+    path = Path(folder)/'origin.json'
+    if not path.exists(): return {}
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f'cannot read {path}: {e}; remove it, and go to where the run was begun') from None
+
+def _found_again(folder:Path, flat:dict)->dict: # setting -> path, seen from here
+    "The paths in the settings of a run's folder"
+    origin, found = read_origin(folder), {'out': str(folder)}
+    if not origin: return found
+    texts = {name: flat[name] for name in PATHS if flat.get(name)}
+    return found | {name: _find(text, folder, origin) for name, text in texts.items()}
+
+def _find(text:str, folder:Path, origin:dict)->str:
+    "A path of a run, unchanged where it means the same file from here"
+    then, home, moved = Path(origin['directory'])/text, Path(origin['folder']), []
+    if then.drive == home.drive:
+        moved = [Path(os.path.normpath(folder.absolute()/os.path.relpath(then, home)))]
+    places = [then, *moved] if Path(text).is_absolute() else [*moved, then, Path(text)]
+    place = next((p for p in places if p.exists()), then)
+    return text if os.path.abspath(text) == os.path.abspath(place) else str(place)
+
+def named_step(text:str # RUN, RUN@STEP, or the folder of a checkpoint in RUN
+              )->tuple[Path, int|None]: # folder of the run, step; None: not said
+    "Which run, and which of its checkpoints, are meant"
+    path, (name, at, step) = Path(text), text.rpartition('@')
+    if path.parent.name == 'checkpoints' and path.name.removeprefix('step-').isdecimal():
+        return path.parent.parent, int(path.name.removeprefix('step-'))
+    return (Path(name), int(step)) if at and step.isdecimal() and not path.exists() else (path, None)
 
 # %% ../nbs/01_config.ipynb #parse-flags
 def parse_flags(cls,           # a dataclass
@@ -424,7 +489,7 @@ def _whole(value, default:int)->int:
     return number if 0 < number < 2**31 else default
 
 # %% ../nbs/01_config.ipynb #load-run
-def load_run(path='',  # a TOML file, or nothing
+def load_run(path='',  # a TOML file, the folder of a run, or nothing
              args=(),  # command-line settings: '--train.steps', '100', ...
              read_text:Callable|None=None, # of data.train: vocabulary, tokens; for what follows the text
             )->RunConfig:
@@ -478,7 +543,8 @@ def take_flag(args:list[str],
     at = next((i for i, a in enumerate(args) if a in names), None)
     if at is None: return False, None, args
     before, after = args[:at], args[at + 1:]
-    if not after or after[0].startswith('--') or after[0].endswith('.toml'): return True, None, before + after
+    if not after or after[0].startswith('--') or after[0].endswith('.toml') or Path(after[0]).is_dir():
+        return True, None, before + after
     try:
         number = kind(after[0])
     except ValueError:
@@ -541,9 +607,23 @@ def dump_run(config:RunConfig)->str: # TOML text
     return tomli_w.dumps(asdict(config))
 
 # %% ../nbs/01_config.ipynb #differences
-FREE_SETTINGS = {name for name, f in _all_fields(RunConfig).items() if f.metadata.get('free')}
+def _with(mark:str)->set[str]:
+    return {name for name, f in _all_fields(RunConfig).items() if f.metadata.get(mark)}
 
-def differences(old:RunConfig, new:RunConfig)->list[str]: # 'train.steps: 10 -> 20'
-    "Settings that make `new` another experiment than `old`"
+FREE_SETTINGS, LATE_SETTINGS, PATHS = map(_with, ('free', 'late', 'path'))
+
+def changes(old:RunConfig, new:RunConfig)->dict[str,tuple]: # 'train.steps' -> (10, 20)
+    "The settings that differ, but for the free ones"
     a, b = _flatten(asdict(old)), _flatten(asdict(new))
-    return [f'{k}: {a[k]!r} -> {b[k]!r}' for k in a if a[k] != b[k] and k not in FREE_SETTINGS]
+    return {k: (a[k], b[k]) for k in a if k not in FREE_SETTINGS and not _equal(k, a[k], b[k])}
+
+def _equal(name:str, a, b)->bool:
+    return a == b or bool(name in PATHS and a and b and os.path.abspath(a) == os.path.abspath(b))
+
+def differences(old:RunConfig, new:RunConfig,
+                step:int|None=None, # steps that are done; None: the late settings have been used
+               )->list[str]:        # 'train.steps: 10 -> 20'
+    "Settings that make `new` another experiment than `old`"
+    begin = min(c.optim.decay_start(c.train.steps) for c in (old, new))
+    unused = LATE_SETTINGS if step is not None and step <= begin else set()
+    return [f'{k}: {x!r} -> {y!r}' for k, (x, y) in changes(old, new).items() if k not in unused]

@@ -17,6 +17,11 @@ def variant(*values):
     "A case of `parametrize` that `make test` leaves to `make torture`, since others like it are tried"
     return pytest.param(*values, marks=pytest.mark.variant)
 
+# Files that take a minute or more are begun first, so that none is left alone at the end
+LONG = {'test_gpu_kit', 'test_site', 'test_parity', 'test_dryrun'}
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.stem not in LONG)
+
 def ask(worker, *arguments, timeout=600):
     "What a program beside the tests answers to arguments, both as JSON, in a process of its own"
     command = [sys.executable, str(ROOT/'tests'/worker), *map(json.dumps, arguments)]

@@ -219,7 +219,7 @@ DATA = '''
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from llama_nb.data.documents import read_documents
+from llama_nb.data.sources import read_documents
 from llama_nb.data.engine import Job, run_job
 from llama_nb.data.executors import Slurm
 from llama_nb.data.stage import Decision

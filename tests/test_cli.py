@@ -52,10 +52,12 @@ def test_a_process_that_cleans_text_starts_without_pytorch():
 
 def test_text_becomes_shards_without_them(tmp_path, costly):
     "Neither a model nor a trainer nor DTensor is needed"
-    (tmp_path/'text.txt').write_text('\n'.join(f'{i} sheep and {i*i} stars' for i in range(400)))
-    for part in 'abcd': (tmp_path/f'{part}.txt').write_text(f'{part} says what it says, {part} times')
-    made, text, out = str(tmp_path/'tok.model'), str(tmp_path), tmp_path/'out'
-    found = loaded(COMMAND, 'tokenizer', made, '--documents', text, '--vocab-size', '300')
-    found |= loaded(COMMAND, 'data', str(out), '--tokenizer', made, '--documents', text, '--held-out', '0.5')
+    texts = tmp_path/'texts'
+    texts.mkdir()
+    (texts/'text.txt').write_text('\n'.join(f'{i} sheep and {i*i} stars' for i in range(400)))
+    for part in 'abcd': (texts/f'{part}.txt').write_text(f'{part} says what it says, {part} times')
+    made, text, out = str(tmp_path/'tok.model'), str(texts), tmp_path/'out'
+    found = loaded(COMMAND, 'tokenizer', made, text, '--vocab-size', '300')
+    found |= loaded(COMMAND, 'data', str(out), text, '--tokenizer', made, '--held-out', '0.5')
     assert 'llama_nb.data.shards' in found and (out/'train'/'manifest.json').exists()
     assert not found & (costly - {'llama_nb.data', 'sentencepiece'})

@@ -8,7 +8,8 @@ from llama_nb.core import UserError
 from llama_nb.data import corpus
 from llama_nb.data.corpus import (DOCUMENTS, SOURCES, Models, clean_source, find_files, make_plan,
                                   result_text, source_job, summary)
-from llama_nb.data.documents import Document, read_documents, text_id, write_jsonl
+from llama_nb.data.documents import Document, text_id, write_jsonl
+from llama_nb.data.sources import read_documents
 from llama_nb.data.stage import PRESETS
 from llama_nb.data.mediawiki import write_export
 

@@ -4,15 +4,17 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
 from llama_nb.core import TemporaryError, UserError
-from llama_nb.data.documents import Document, read_documents, read_file, write_jsonl
+from llama_nb.data.documents import Document, write_jsonl
 from llama_nb.data.engine import Job, describe, fingerprint, run_job, run_share, summary
+from llama_nb.data.formats import read_file
+from llama_nb.data.sources import read_documents
 
 MODULE = '''
 import os, resource, signal, sys, time
 from dataclasses import replace
 from functools import partial
 from llama_nb.core import UserError
-from llama_nb.data.documents import read_documents
+from llama_nb.data.sources import read_documents
 from llama_nb.data.engine import Job, run_job
 from llama_nb.data.stage import Decision
 

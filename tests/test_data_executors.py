@@ -11,7 +11,7 @@ MODULE = '''
 import multiprocessing, os, signal, time
 from dataclasses import replace
 from llama_nb.core import UserError
-from llama_nb.data.documents import read_documents
+from llama_nb.data.sources import read_documents
 from llama_nb.data.engine import Job
 from llama_nb.data.stage import Decision
 

@@ -8,12 +8,12 @@ from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import TemporaryError, UserError, is_temporary
 from llama_nb.data import executors, tokenize
-from llama_nb.data.documents import (Document, is_held_out, read_documents, split_documents, topic_documents,
-                                     write_jsonl)
+from llama_nb.data.documents import Document, is_held_out, split_documents, topic_documents, write_jsonl
 from llama_nb.data.engine import Job, run_job
 from llama_nb.data.provenance import BLOCK, provenance, provenance_text, verify_provenance
 from llama_nb.data.shards import TokenShards, document_tokens, write_shards
-from llama_nb.data.tokenize import SIDES, input_files, join_data, join_shards, tokenise, work_units
+from llama_nb.data.sources import read_documents, text_files
+from llama_nb.data.tokenize import SIDES, join_data, join_shards, tokenise, work_units
 from llama_nb.data.tokenizer import Tokenizer
 
 @pytest.fixture(scope='module')
@@ -161,8 +161,8 @@ def test_parts_go_as_soon_as_their_shards_are_there(texts, tokenizer, tmp_path, 
     assert len(seen) > 5 and seen[-1] < seen[0]/3 and seen == sorted(seen, reverse=True)
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts, tokenizer, tmp_path):
-    command = [sys.executable, '-m', 'llama_nb', 'data', tmp_path/'out', '--tokenizer', tokenizer.path,
-               '--documents', tmp_path/'big', '--workers', '2']
+    command = [sys.executable, '-m', 'llama_nb', 'data', tmp_path/'out', tmp_path/'big',
+               '--tokenizer', tokenizer.path, '--workers', '2']
     docs = [*topic_documents()]
     for i in range(4): write_jsonl(docs*6, tmp_path/'big'/f'{i}.jsonl.gz')
     process = subprocess.Popen(command, env=ENV, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -258,7 +258,7 @@ def test_units_hold_every_byte_once(tmp_path):
             lines = ['y'*rng.choice((0, 3, 900)) for _ in range(rng.randint(0, 9))]
             (folder/f'{i}.jsonl').write_text('\n'.join(lines) + rng.choice(('', '\n')))
         size = rng.choice((1, 10, 100, 1000))
-        units = work_units(input_files(folder), size)
+        units = work_units(text_files(folder), size)
         for i in range(5):
             whole = (folder/f'{i}.jsonl').read_bytes()
             pieces = [p for unit in units for p in unit if p.name == f'{i}.jsonl']
@@ -274,11 +274,15 @@ def test_bad_records_are_counted_and_nothing_else_is_lost(tokenizer, tmp_path, c
     (tmp_path/'in'/'b.txt').write_bytes(b'\xff\xfe')
     broken = gzip.compress('\n'.join(good[:3]).encode()*1000)
     (tmp_path/'in'/'c.jsonl.gz').write_bytes(broken[:-20])
-    args = ['data', str(tmp_path/'out'), '--tokenizer', str(tokenizer.path), '--documents',
-            str(tmp_path/'in'), '--workers', '1']
+    args = ['data', str(tmp_path/'out'), str(tmp_path/'in'), '--tokenizer', str(tokenizer.path),
+            '--workers', '1']
+    assert main(args) == 2 and 'a.jsonl, line 21, is not JSON' in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()                    # nothing was done yet
+    args.append('--skip-bad')
     assert main(args) == 0
     said = capsys.readouterr()
-    assert 'records could not be read' in said.err and 'a.jsonl, line 21, is not JSON' in said.err
+    assert 'documents in 3 files' in said.out and '1 x was not read to its end' in said.out
+    assert '2 x has no "text"' not in said.out and 'a.jsonl, line 21, is not JSON' in said.err
     assert 'b.txt is not UTF-8' in said.err and 'c.jsonl.gz was not read to its end' in said.err
     made = [TokenShards(tmp_path/'out'/side) for side in SIDES]
     ids = {s.document_of(p) for s in made for p in range(0, s.n_tokens, 2)}
@@ -294,7 +298,7 @@ def cleaned(tmp_path):
     return tmp_path/'clean'
 
 def test_of_a_cleaned_folder_the_documents_are_read_and_not_its_report(cleaned, tokenizer, tmp_path):
-    assert (cleaned/'report.md').exists() and len(input_files(cleaned)) == 3
+    assert (cleaned/'report.md').exists() and len(text_files(cleaned)) == 3
     made, _ = tokenise(cleaned, tokenizer, tmp_path/'out', .2, workers=1)
     assert sum(s.n_documents for s in made.values()) == 90
     assert provenance(made['train'], 0).file == 'documents/0.jsonl.zst'
@@ -303,12 +307,12 @@ def test_a_cleaned_folder_that_is_not_complete_is_refused(cleaned):
     file = cleaned/'documents'/'1.jsonl.zst'
     before = file.read_bytes()
     file.write_bytes(before[:-3])
-    with pytest.raises(UserError, match='1.jsonl.zst has .* bytes instead of'): input_files(cleaned)
+    with pytest.raises(UserError, match='1.jsonl.zst has .* bytes instead of'): text_files(cleaned)
     file.unlink()
-    with pytest.raises(UserError, match='1.jsonl.zst has 0 bytes'): input_files(cleaned)
+    with pytest.raises(UserError, match='1.jsonl.zst has 0 bytes'): text_files(cleaned)
     file.write_bytes(before)
     (cleaned/'manifest.json').unlink()
-    with pytest.raises(UserError, match='is not finished'): input_files(cleaned)
+    with pytest.raises(UserError, match='is not finished'): text_files(cleaned)
 
 @pytest.mark.parametrize('settings, words', [
     ({'held_out': float('nan')}, 'between 0 and 1'), ({'held_out': 1}, 'between 0 and 1'),
@@ -394,7 +398,7 @@ def machines(tmp_path, tokenizer):
         write_folder(tmp_path/'in'/name, name)
         parts.append(tmp_path/f'out-{name}')
         tokenise(tmp_path/'in'/name, tokenizer, parts[-1], tokens_per_shard=2000, workers=1)
-    files = [file for name in 'ab' for file in input_files(tmp_path/'in'/name)]
+    files = [file for name in 'ab' for file in text_files(tmp_path/'in'/name)]
     whole, _ = tokenise(files, tokenizer, tmp_path/'whole', tokens_per_shard=10**9, workers=1)
     return parts, whole
 
@@ -466,7 +470,7 @@ def test_data_show_prints_where_a_sequence_comes_from(texts, tokenizer, run_file
         assert told and 'https://x.org/' in told[0] and any('rule.0 0.' in line for line in lines)
 
 def test_data_uses_all_cores_unless_told(tmp_path, texts, tokenizer, capsys, monkeypatch):
-    args, asked = ['--tokenizer', str(tokenizer.path), '--documents', str(texts)], []
+    args, asked = [str(texts), '--tokenizer', str(tokenizer.path)], []
     monkeypatch.setattr(tokenize, 'cores', lambda: asked.append('cores') or 1)
     assert main(['data', str(tmp_path/'all'), *args]) == 0 and asked == ['cores']
     said = capsys.readouterr().out

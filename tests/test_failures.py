@@ -387,7 +387,7 @@ def test_text_that_cannot_be_read_is_one_line_of_the_tokenizer_too(tmp_path, cap
     "SentencePiece makes a traceback of what its text raises"
     bad, model = tmp_path/'bad.jsonl', tmp_path/'new.model'
     bad.write_text('{"text": "fine"}\n{"text": \n')
-    assert cli.main(['tokenizer', str(model), '--documents', str(bad)]) == 2
+    assert cli.main(['tokenizer', str(model), str(bad)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f'llama-nb: error: {bad}, line 2, is not JSON') and said.count('\n') == 1, said
     assert not model.exists()

@@ -3,7 +3,10 @@ import json, os, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 import pytest, torch
+from fork_server import Forked
 
 KIT = Path(__file__).resolve().parent.parent/'benchmarks'
 sys.path.insert(0, str(KIT))
@@ -17,20 +20,32 @@ HALVES = [('environment', 'tests', 'graphs', 'sync', 'memory', 'documents'),
 
 # --- the miniature --------------------------------------------------------------------------------
 
+LEAD = f'import os, runpy; os.setsid(); runpy.run_path({str(KIT/"gpu.py")!r}, run_name="__main__")'
+
+class ForkedPart(Forked):
+    "Stands in for `subprocess.Popen` of a part: the same program in a group of its own, forked"
+    def __init__(self, command, env, stdout, stderr, text, errors, start_new_session):
+        assert command[1] == str(KIT/'gpu.py') and start_new_session
+        reading, writing = os.pipe()
+        with open(writing, 'w') as out:
+            super().__init__([sys.executable, '-c', LEAD, *command[2:]], env, out, stderr)
+        self.stdout = open(reading, errors=errors)
+
 @pytest.fixture(scope='module')
 def miniature(tmp_path_factory):
     "All parts in the CPU form, one half beside the other, put together afterwards: part -> its record; and the tables"
-    folder = tmp_path_factory.mktemp('gpu')
-    assert sorted(sum(HALVES, ())) == sorted(PARTS)
-    def kit(*args):
-        return subprocess.run([sys.executable, str(KIT/'gpu.py'), *map(str, args)], capture_output=True,
-                              text=True, timeout=840, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    with ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda i: kit('--form', 'cpu', '--out', folder/str(i), '--parts', *HALVES[i]),
-                             range(2)))
-    for d in done: assert 'results.md' in d.stdout, d.stdout + d.stderr
-    merged = kit('--out', folder/'all', '--merge', *(next((folder/str(i)).iterdir()) for i in range(2)))
-    where = Path(merged.stdout.strip())
+    folder, parts = tmp_path_factory.mktemp('gpu'), dict.fromkeys(sum(HALVES, ()))
+    assert parts.keys() == PARTS.keys()
+    about = gpu.look('cpu', folder)
+    def half(i):
+        results = Results(folder/str(i), about)
+        run_parts({name: PARTS[name] for name in HALVES[i]}, results, 'cpu', folder/f'work-{i}')
+    popen = ForkedPart if sys.platform == 'linux' else subprocess.Popen
+    starter = SimpleNamespace(**{**vars(subprocess), 'Popen': popen})
+    with mock.patch.object(gpu, 'subprocess', starter), ThreadPoolExecutor() as pool:
+        list(pool.map(half, range(2)))
+    merge = [sys.executable, KIT/'gpu.py', '--out', folder/'all', '--merge', folder/'0', folder/'1']
+    where = Path(subprocess.run(merge, check=True, capture_output=True, text=True, timeout=60).stdout.strip())
     return json.loads((where/'results.json').read_text())['parts'], (where/'results.md').read_text()
 
 def rows(part, table): return {r['name']: r for r in part['rows'] if r['table'] == table}

@@ -18,7 +18,7 @@ def test_a_full_disk_leaves_no_shards_and_the_same_command_goes_on(tmp_path, tok
     texts, out = tmp_path/'texts', tmp_path/'out'
     texts.mkdir()
     for i in range(40): (texts/f'{i}.txt').write_text(f'Page {i} of the book. '*400)
-    args = ('data', out, '--tokenizer', tokens/'tokenizer.model', '--documents', texts)
+    args = ('data', out, texts, '--tokenizer', tokens/'tokenizer.model')
     status, _, err = llama_nb(*args, preexec_fn=limit(resource.RLIMIT_FSIZE, 50_000))
     assert (status == 75 and len(err.strip().splitlines()) == 1 and 'no room for' in err
             and 'Traceback' not in err), err
@@ -118,7 +118,7 @@ def test_the_size_of_a_shard_is_a_setting(tmp_path, tokens, llama_nb):
     texts = tmp_path/'texts'
     texts.mkdir()
     for i in range(40): (texts/f'{i}.txt').write_text(f'Page {i} of the book. '*40)
-    args = ('--tokenizer', tokens/'tokenizer.model', '--documents', texts)
+    args = (texts, '--tokenizer', tokens/'tokenizer.model')
     shards = lambda out: json.loads((out/'train'/'manifest.json').read_text())['shards']
     assert llama_nb('data', tmp_path/'one', *args)[0] == 0 and len(shards(tmp_path/'one')) == 1
     assert (llama_nb('data', tmp_path/'many', *args, '--tokens_per_shard', '1000')[0] == 0

@@ -7,12 +7,16 @@ more, or by one part in ten thousand. A cell whose output depends on more than t
   #| varies numbers   the words are compared, and how many numbers there are
   #| varies python    texts of Python itself: compared on the Python named below, elsewhere only the kind
 
-A difference fails where the pages were made (MADE_WITH, Linux x86-64, no GPU), and is one line elsewhere."""
-import platform, re, sys
+A difference fails where the pages were made (MADE_WITH, Linux x86-64, no GPU), and is one line elsewhere.
+
+Ranks that a page starts with `run_ranks` are forked from a process that has imported PyTorch, as those of the
+tests are; those of the page that writes `run_ranks` and of the launchers' pages start the usual way."""
+import importlib, platform, re, subprocess, sys
 from decimal import Decimal
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 import nbdev.test
 from execnb.shell import CaptureShell
 
@@ -88,10 +92,20 @@ def forget_package():
     takes it away from the module that an earlier page has imported"""
     for name in [name for name in sys.modules if name.split('.')[0] == 'llama_nb']: del sys.modules[name]
 
+def fork_ranks():
+    "Let the package's `run_ranks` fork. Imports nothing that the pages do not import"
+    tests = Path(__file__).resolve().parent.parent/'tests'
+    if not (tests/'fork_server.py').exists(): return        # the pages of another project
+    if str(tests) not in sys.path: sys.path.append(str(tests))
+    program = importlib.import_module('fork_server').Program
+    processes = importlib.import_module('llama_nb.parallel.processes')
+    processes.subprocess = SimpleNamespace(Popen=program, STDOUT=subprocess.STDOUT)
+
 class PageShell(CaptureShell):
     "The shell of `nbdev_test`, which forgets what cells show; this one compares it with what is stored"
     def run_all(self, nb, **kwargs):
         forget_package()
+        fork_ranks()
         ran, stored = [], [cell.get('outputs', []) for cell in nb.cells]
         for cell in nb.cells: cell.outputs = []
         super().run_all(nb, postproc=ran.append, **kwargs)

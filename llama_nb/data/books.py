@@ -18,7 +18,8 @@ import numpy as np
 from ..core import UserError
 from .dedup import (MEMORY, band_keys, candidate_pairs, jaccard, minhash, n_common, sampled,
                                  shingles, text_key)
-from .documents import MAX_LINE, Document, Report, files_under, open_stream, refuse, reporting
+from .documents import MAX_LINE, Document, Report, open_stream, refuse, reporting
+from .sources import files_under
 from .stage import Decision, choice, judge, n_bytes
 
 # %% ../../nbs/7B_data.books.ipynb #rules

@@ -29,14 +29,15 @@ from .classify import (LanguageRules, ReferenceRules, TextClassifier, check_mode
                                     clean_language, clean_reference)
 from .commoncrawl import CCNetRules, clean_ccnet, line_places
 from .dedup import MEMORY, FirstOnDisk, IsFirst, merge_pairs, spill_pairs, text_key
-from .documents import (Document, Report, extra_module, files_under, read_documents, read_file,
-                                     refuse, text_id)
+from .documents import Document, Report, extra_module, refuse, text_id
 from .engine import (Job, check_inputs, claim_folder, describe, report_text, run_job,
                                   same_input, summary)
 from .executors import LOCAL, find_executor, spread
+from .formats import read_file
 from .github import GithubRules, clean_code, clean_copies, clean_licence, read_project
 from .mediawiki import read_wikipedia
 from .ngram import PerplexityRules, clean_perplexity, load_ngrams
+from .sources import files_under, read_documents
 from .stackexchange import (StackexchangeRules, clean_stackexchange, largest_sites,
                                          read_stackexchange)
 from .stage import Decision, Tally, choice, judge

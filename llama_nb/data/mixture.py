@@ -206,10 +206,11 @@ class MixtureLoader(Loader):
                  mixture:Mixture,
                  seq_len:int,    # t
                  batch_size:int, # b, sequences in a batch over all ranks
-                 seed:int=0):
+                 seed:int=0,
+                 shift:int=0):   # as `Loader` takes it
         for s in mixture.sources:
             check_length(f'the source {s.name!r} of {mixture.folder}', s.shards.n_tokens, seq_len)
-        super().__init__(mixture, seq_len, batch_size, seed)
+        super().__init__(mixture, seq_len, batch_size, seed, shift)
         self.counts = np.array([s.per_block for s in mixture.sources])
 
     def locate(self, i:np.ndarray, # (m,) sequences of the run
@@ -226,7 +227,7 @@ class MixtureLoader(Loader):
 
     def where(self, i:int)->tuple[np.ndarray, np.ndarray, np.ndarray]: # (b,) source, epoch, first token
         "Where the sequences of batch `i` lie"
-        return self.locate(np.arange(i*self.batch_size, (i + 1)*self.batch_size))
+        return self.locate(self.places(i))
 
     def spans(self, i:int)->list[Span]: # b of them
         "Where the sequences of batch `i` lie, with the names of their sources"
@@ -260,10 +261,11 @@ def make_loader(tokens:TokenShards|Mixture,
                 seq_len:int,    # t
                 batch_size:int, # b, over all ranks
                 seed:int=0,
+                shift:int=0,    # sequences by which all batches are moved
                )->Loader:
     "The loader for one source or several. Raises `UserError` for one that is too short"
     kind = MixtureLoader if isinstance(tokens, Mixture) else Loader
-    return kind(tokens, seq_len, batch_size, seed)
+    return kind(tokens, seq_len, batch_size, seed, shift)
 
 # %% ../../nbs/7F_data.mixture.ipynb #text-facts
 def text_facts(path # a folder of token shards, or a mixture file

@@ -435,5 +435,6 @@ def _data_line(config:RunConfig)->str:
     missing = ' and '.join(path for path in texts if not Path(path).exists())
     if missing: return f'not seen    {missing}: not here; and the folder {config.out}'
     loader, _ = open_data(config)
-    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size))
+    epochs = ', '.join(f'{n:.2f}' for n in loader.epochs(config.train.steps*config.data.batch_size
+                                                                 + config.data.shift))
     return f'data        {config.data.train}: gone through {epochs} times; not seen: the folder {config.out}'

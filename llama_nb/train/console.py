@@ -26,7 +26,7 @@ def _model_line(c)->str: # of a ModelConfig
 
 def _epochs(config:RunConfig, loader)->str:
     "How often the text will be read; of a mixture, its sources"
-    epochs = loader.epochs(config.train.steps*config.data.batch_size)
+    epochs = loader.epochs(config.train.steps*config.data.batch_size + config.data.shift)
     least, most = min(epochs), max(epochs)
     if len(epochs) == 1: return f'{most:.3g} epochs'
     return f'{least:.3g} to {most:.3g} epochs of {len(epochs)} sources'
@@ -163,6 +163,7 @@ _README = '''# A run of llama_nb
 | file | what it is |
 |---|---|
 | `config.toml` | every setting of the run |
+| `origin.json` | the directory from which its relative paths count, and the run it comes from |
 | `tokenizer.model` | the tokenizer of its text |
 | `metrics.jsonl` | one JSON object for each step: loss, learning rate, gradient norm, speed, memory |
 | `loss.png` | the loss over the tokens, renewed with each checkpoint |
@@ -170,18 +171,21 @@ _README = '''# A run of llama_nb
 | `checkpoints/` | the newest ones, each complete and with a manifest of digests |
 | `results.json` | what came out, once all steps are done |
 
-From {here}:
+{begun}From {here}:
 
-    llama-nb train {out}/config.toml                goes on where the run stopped
+    llama-nb train {out}                            goes on where the run stopped
+    llama-nb train --fork {out} --out NEW           goes on in another folder, with other settings
     llama-nb generate {out} --prompt "Once"         continues a text
     llama-nb eval {out}                             bits per byte on the held-out text
     llama-nb data show {out} --batch 0              the text of a batch
     llama-nb convert {out} model.safetensors        the weights in one file
 '''
 
-def write_readme(out): # the run's folder
+def write_readme(out,           # the run's folder
+                 begun:str='',  # a sentence about the run from which it comes, if there is one
+                ):
     "Leave a note about what lies in a run's folder"
-    text = _README.format(here=Path.cwd(), out=out)
+    text = _README.format(here=Path.cwd(), out=out, begun=f'{begun}\n\n' if begun else '')
     write_atomic(Path(out)/'README.md', text.encode('utf-8', 'backslashreplace'))
 
 # %% ../../nbs/68_train.console.ipynb #results
@@ -192,7 +196,7 @@ def results(config:RunConfig,
            )->dict:
     "What a finished run has reached"
     found = {'steps': row['step'], 'tokens': row['tokens'], 'parameters': config.model.n_params,
-             'epochs': row['tokens']/loader.shards.n_tokens}
+             'epochs': row['epoch']}
     loss = row.get('held_out_loss')
     if loss is None: return found
     return found | {'validation_loss': loss, 'bits_per_byte': per_byte(loss, held_out)}

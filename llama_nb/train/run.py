@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer', 'attention_model', 'check_settings', 'device_memory', 'machine_memory', 'check_memory', 'open_data',
            'open_folder', 'settle_dtype', 'dtype_line', 'compile_model', 'build_model', 'run_tensors', 'save', 'resume',
-           'start_run']
+           'begin', 'start_run']
 
 # %% ../../nbs/66_train.run.ipynb #imports
 import os, socket
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
-from ..config import RunConfig, degrees, differences, dump_run, load_run
+from ..config import RunConfig, degrees, differences, dump_run, load_run, read_origin
 from ..core import UserError, native_bfloat16, pick_dtype
-from ..data.loader import Loader, check_loader_state, loader_state
+from ..data.loader import Loader, check_loader_state, loader_state, shift_after
 from ..data.mixture import make_loader, open_tokens
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
@@ -33,6 +33,8 @@ from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
 from . import checkpoint as ckpt
 from .console import known_peak, start_lines, write_readme
 from .guards import NonFiniteGuard, collective_seconds
+from .lineage import Start, begin_line, check_start, load_weights, parent_sentence, prolong
+from .lineage import refusal, settle_start, steps_done, write_origin
 from .optim import make_optimizer
 from .recompute import apply_recompute
 from .state import optimizer_tensors, prepare_optimizer
@@ -53,6 +55,8 @@ class Trainer:
     bos_id:int=None              # where documents begin, if they must not see each other
     saver:ckpt.Saver=None
     step:int=0                   # steps that are done
+    start:Start=None             # what it begins with, another run or a file; None once it has steps
+    counted:tuple[int, int]=(0, 0) # a step, and the tokens that were read until then
     batches:object=None          # the batches to come, from `prefetch`
     signals_received:list=field(default_factory=list) # numbers of those that came to this rank
     fusions_to_check:object=None # what asynchronous tensor parallelism has fused, until it is checked
@@ -66,6 +70,17 @@ class Trainer:
         self.guard = NonFiniteGuard(self.config.train.max_skipped)
         self.peak = known_peak(self.config, self.device, self.dtype)
         if self.rank: self.report = lambda line: None                  # rank 0 speaks for all
+
+    @property
+    def milestones(self)->tuple[int, ...]:
+        "Steps whose checkpoints stay: that at which a stable learning rate begins to fall"
+        c = self.config
+        return (c.optim.decay_start(c.train.steps),) if c.optim.schedule == 'wsd' else ()
+
+    def tokens_at(self, step:int)->int:
+        "Tokens read until `step`, those of a parent included"
+        c, (then, tokens) = self.config.data, self.counted
+        return tokens + (step - then)*c.batch_size*c.seq_len
 
     def total(self, x:Tensor)->Tensor:
         """Sum over the ranks that share the batch; the same on every rank. Ranks of one tensor group hold
@@ -138,7 +153,7 @@ def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     if held_out and held_out.tokenizer_digest != shards.tokenizer_digest:
         raise UserError(f'{c.train} and {c.held_out} were made by different tokenizers; '
                         'write both with the same one')
-    return make_loader(shards, c.seq_len, c.batch_size, config.train.seed), held_out
+    return make_loader(shards, c.seq_len, c.batch_size, config.train.seed, c.shift), held_out
 
 def _check_vocabulary(shards:TokenShards, size:int):
     if shards.vocab_size <= size: return
@@ -146,20 +161,24 @@ def _check_vocabulary(shards:TokenShards, size:int):
                     f'the model only {size}; set model.vocab_size to {shards.vocab_size}')
 
 # %% ../../nbs/66_train.run.ipynb #open-folder
-def open_folder(config:RunConfig, shards:TokenShards)->Path:
+def open_folder(config:RunConfig, shards:TokenShards,
+                start:Start|None=None, # what a new run begins with, if not with random weights
+               )->list[str]:           # lines to tell
     """Create the run's folder with configuration and tokenizer, or check that the one that is there belongs
     to `config`; raises `UserError` if not"""
     out = Path(config.out)
     path = out/'config.toml'
     if not path.exists():
         write_atomic(out/'tokenizer.model', shards.tokenizer_path.read_bytes())
-        write_readme(out)
+        write_origin(out, config, start)
+        write_readme(out, parent_sentence(out))
         write_atomic(path, dump_run(config))
-        return out
-    changed = '; '.join(differences(load_run(path), config))
-    if not changed: return out
-    raise UserError(f'{out} holds a run with another configuration ({changed}); '
-                    'choose another --out or remove it')
+        return []
+    if not read_origin(out): write_origin(out, config)                 # the run is older than such files
+    begun, done = load_run(path), steps_done(out)
+    changed = differences(begun, config, done)
+    if changed: raise UserError(refusal(begun, config, changed, done))
+    return prolong(begun, config)
 
 # %% ../../nbs/66_train.run.ipynb #settle-dtype
 def settle_dtype(config:RunConfig, device:torch.device)->RunConfig:
@@ -216,21 +235,34 @@ def run_tensors(run:Trainer)->dict[str,dict[str,Tensor]]:
 def save(run:Trainer):
     "Begin to save the run at its current step; `run.saver.wait()` says when it is done"
     state = {'step': run.step, 'data': loader_state(run.loader, run.step), 'random': random_state(),
-             'skipped': run.guard.row}
+             'skipped': run.guard.row, 'tokens': run.tokens_at(run.step)}
     run.saver.save(run.step, run_tensors(run), state)
 
 def resume(run:Trainer,
            path, # a checkpoint's folder
           ):
     "Continue from a checkpoint. Raises `UserError` if it belongs to other data or another model"
+    state = _take_state(run, path, digests=False)                      # `latest_checkpoint` has compared them
+    check_loader_state(run.loader, state['data'])
+    run.report(f'continuing {run.out} after step {run.step} of {run.config.train.steps}')
+
+def begin(run:Trainer):
+    "Take the weights of another run or a file, or all of a run's state. Raises `UserError` if it is damaged"
+    if run.config.train.fork:
+        _take_state(run, run.start.path)
+    else:
+        load_weights(run.model, run.start)
+    run.report(begin_line(run.config, run.start))
+
+def _take_state(run:Trainer, path, digests:bool=True)->dict: # the state, without its tensors
     prepare_optimizer(run.model, run.optimizer)
     tensors = run_tensors(run)
-    state = run_state(ckpt.load_into(path, tensors, digests=False))    # `latest_checkpoint` has compared them
+    state = run_state(ckpt.load_into(path, tensors, digests))
     on_all_ranks(lambda: [ckpt.check_finite(path, named) for named in tensors.values()])
-    check_loader_state(run.loader, state['data'])
     set_random_state(state['random'])
-    run.step, run.guard.row = state['step'], state['skipped']
-    run.report(f'continuing {run.out} after step {run.step} of {run.config.train.steps}')
+    run.step, run.guard.row, data = state['step'], state['skipped'], state['data']
+    run.counted = run.step, state.get('tokens', run.step*data['batch_size']*data['seq_len'])
+    return state
 
 # %% ../../nbs/66_train.run.ipynb #start-run
 def start_run(config:RunConfig,
@@ -240,7 +272,7 @@ def start_run(config:RunConfig,
     Raises `UserError` where configuration, data and folder do not fit"""
     limit = collective_seconds(config.train.hang_minutes)
     device = start_ranks(config.train.device, limit)
-    settled = on_rank_zero(lambda: settle_dtype(config, device))
+    settled = on_rank_zero(lambda: settle_start(settle_dtype(config, device)))
     replicate, shard, tensor = degrees(settled.parallel, settled.model, rank_and_size()[1])
     ranks = replicate*shard*tensor
     mesh = make_mesh((replicate, shard, tensor), device.type, limit) if ranks > 1 else None
@@ -248,11 +280,21 @@ def start_run(config:RunConfig,
     on_all_ranks(lambda: check_settings(settled, device, replicate*shard, tensor))
     on_all_ranks(lambda: check_memory(settled, device, replicate*shard, shard*tensor))
     _open_text(run)
-    on_rank_zero(lambda: open_folder(settled, run.loader.shards))
+    _find_start(run)
+    for line in on_rank_zero(lambda: open_folder(run.config, run.loader.shards, run.start)): run.report(line)
     _say_how(run, config, (replicate, shard, tensor))
-    run.saver = ckpt.Saver(run.out/'checkpoints', settled.train.keep, settled.train.keep_every, limit)
+    keep, every = settled.train.keep, settled.train.keep_every
+    run.saver = ckpt.Saver(run.out/'checkpoints', keep, every, limit, run.milestones)
     _open_model(run)
     return run
+
+def _find_start(run:Trainer):
+    "What a run without steps begins with, the same on every rank; a fork reads on where its parent stopped"
+    run.start = on_rank_zero(lambda: check_start(run.config, run.loader.shards))
+    if not (run.start and run.config.train.fork): return
+    state = on_rank_zero(lambda: ckpt.read_state(run.start.path))
+    run.loader.shift, _ = shift_after(run.loader, run.start.step, state['data'])
+    run.config = replace(run.config, data=replace(run.config.data, shift=run.loader.shift))
 
 def _say_how(run:Trainer, asked:RunConfig, layout:tuple[int, int, int]):
     "What the run will do; a line about the type, if there is something to say, and one about attention"
@@ -280,12 +322,13 @@ def _compare(folders:list[TokenShards], wanted:list[str]):
 
 # %% ../../nbs/66_train.run.ipynb #open-model
 def _open_model(run:Trainer):
-    "Network and optimiser, new or from the newest checkpoint"
+    "Network and optimiser, new or from a checkpoint: the run's newest, else what it begins with"
     c = run.config
     torch.manual_seed(c.train.seed)
     path = ckpt.latest_checkpoint(run.out/'checkpoints', report=run.report)
     if c.parallel.async_tensor:
         run.fusions_to_check = async_tensor_parallel(run.mesh['tensor'], c.train.compile != 'off')
-    run.model = build_model(c, run.device, run.mesh, draw=path is None)
+    run.model = build_model(c, run.device, run.mesh, draw=not (path or run.start))
     run.optimizer = make_optimizer(run.model, c.optim)
     if path: resume(run, path)
+    elif run.start: begin(run)

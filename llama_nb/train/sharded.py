@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['storage_on_all_ranks', 'storage_on_rank_zero', 'boxes_of', 'pick_writers', 'Plan', 'plan_sharded', 'CheckpointError',
            'StorageError', 'disk', 'stored_json', 'save_tensors', 'write_sharded', 'read_index', 'files_of',
-           'read_sharded']
+           'read_sharded', 'check_fit', 'file_index', 'read_file']
 
 # %% ../../nbs/61_train.sharded.ipynb #imports
 import json, math, shutil, stat
@@ -367,18 +367,19 @@ def _read(folder:Path, index:dict, wanted:dict[str,Tensor]):
         full, offset = item.storage_index.fqn, tuple(item.storage_index.offset)
         rank, shape = boxes[full, offset]
         part, _, name = full.partition('/')
-        files[_file(part, rank)].append((name, shape, item))
+        file = folder if folder.is_file() else folder/_file(part, rank)
+        files[file].append((name, (index[full]['dtype'], shape), item))
     for file, items in files.items():
-        with safe_open(folder/file, 'pt') as f:
-            for name, shape, item in items:
+        with safe_open(file, 'pt') as f:
+            for name, kind, item in items:
                 target = planner.resolve_tensor(item).detach()
-                _fill(target, f.get_slice(name), shape, item, f'{name} in {folder/file}')
+                _fill(target, f.get_slice(name), kind, item, f'{name} in {file}')
 
-def _fill(target:Tensor, stored, shape:list, item, what:str):
+def _fill(target:Tensor, stored, kind:tuple[str, list], item, what:str): # kind: type and shape in the index
     "Copy the part of a stored box that torch's planner wants"
     wanted = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
     there = stored[wanted]
-    if stored.get_shape() != shape or there.dtype != target.dtype:
+    if (str(there.dtype).removeprefix('torch.'), stored.get_shape()) != kind:
         raise CheckpointError(f'{what} is not what index.json says')
     target.copy_(there)
 
@@ -403,9 +404,7 @@ def read_sharded(folder:Path,
     if any cannot, before anything is changed if names, shapes or types do not fit"""
     wanted = _flat(tensors)
     there = {name: t for name, t in index.items() if name.partition('/')[0] in tensors}
-    def check():
-        _check_names(folder, wanted, there)
-        for name, t in wanted.items(): _check_kind(folder, name, t, there[name])
+    def check(): check_fit(folder, tensors, there)
     def read():
         try:
             _read(folder, there, wanted)
@@ -418,6 +417,16 @@ def read_sharded(folder:Path,
             storage_on_all_ranks(action, group)
 
 # %% ../../nbs/61_train.sharded.ipynb #check-fit
+def check_fit(folder:Path,
+              tensors:dict[str,dict[str,Tensor]], # part -> name -> Tensor in any layout, or on `meta`
+              index:dict,                         # of the same parts, as `read_index` returns it
+              types:bool=True,                    # False: numbers may be stored in another type
+             ):
+    "Raise `CheckpointError` unless what is stored has the same names, shapes and types"
+    wanted = _flat(tensors)
+    _check_names(folder, wanted, index)
+    for name, t in wanted.items(): _check_kind(folder, name, t, index[name], types)
+
 def _check_names(folder:Path, wanted:dict[str,Tensor], there:dict[str,dict]):
     "Raise `CheckpointError` naming the first tensors that only the run or only the checkpoint has"
     only = {'lacks': [n for n in wanted if n not in there],
@@ -426,10 +435,37 @@ def _check_names(folder:Path, wanted:dict[str,Tensor], there:dict[str,dict]):
         more = f' and {len(names) - 3} more' if len(names) > 3 else ''
         if names: raise CheckpointError(f'{folder} {words} {", ".join(names[:3])}{more}')
 
-def _check_kind(folder:Path, name:str, t:Tensor, entry:dict):
+def _check_kind(folder:Path, name:str, t:Tensor, entry:dict, types:bool):
     "Raise `CheckpointError` unless a tensor has the same shape and type in the checkpoint"
     have = tuple(entry['shape']), entry['dtype']
     want = tuple(t.shape), str(t.dtype).removeprefix('torch.')
-    if have == want: return
+    if have == want or have[0] == want[0] and not types: return
     raise CheckpointError(f'{folder} has {name} in shape {have[0]} and type {have[1]}, '
                           f'this run {want[0]} and {want[1]}')
+
+# %% ../../nbs/61_train.sharded.ipynb #one-file
+_TYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+
+def file_index(path:Path # of a safetensors file of weights
+              )->dict:   # as `read_index` returns it, all in part `model`
+    "Raises `CheckpointError` if it cannot be read"
+    try:
+        with safe_open(path, 'pt') as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return {f'model/{name}': _one_box(s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f'{path} cannot be read: {error_line(OSError(str(e)))}') from e
+
+def _one_box(dtype:str, shape:list)->dict:
+    return {'dtype': _TYPES.get(dtype, dtype), 'shape': shape, 'pieces': [[0, [0]*len(shape), shape]]}
+
+def read_file(path:Path,               # a safetensors file
+              weights:dict[str,Tensor], # name -> Tensor or DTensor in any layout
+              group=None,               # of the ranks that call
+             ):
+    "Fill `weights` in place with what this rank holds of them. All ranks raise the same `CheckpointError`"
+    def read():
+        index = file_index(path)
+        check_fit(path, {'model': weights}, index, types=False)
+        _read(path, index, _flat({'model': weights}))
+    storage_on_all_ranks(read, group)

@@ -7,7 +7,7 @@ __all__ = ['optimizer_tensors', 'prepare_optimizer', 'RunState', 'run_state', 'r
 
 # %% ../../nbs/60_train.state.ipynb #imports
 import random
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import msgspec
 import numpy as np
 import torch
@@ -88,6 +88,7 @@ class RunState(TypedDict):
     data:dict[str, Any]                                     # as from `loader_state`
     random:dict[str, Any]                                   # as from `random_state`
     skipped:Annotated[int, msgspec.Meta(ge=0, lt=2**31)]    # non-finite steps in a row
+    tokens:NotRequired[Annotated[int, msgspec.Meta(ge=0, le=2**62)]]     # that were read
 
 def run_state(state:dict)->RunState:
     "`state` as a run needs it. Raises `UserError` if it is none, or its data stand at another step"
