@@ -4,6 +4,8 @@
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu for a PyTorch of 200 MB instead of several GB.
 PYTHON ?= python3
 TORCH_WANTED := $(if $(TORCH),torch==$(TORCH),$(shell sed -n 's/^requirements = \(torch[^ ]*\) .*/\1/p' settings.ini))
+# Three at a time even on two cores: what waits for other processes leaves a core idle
+WORKERS ?= 3
 BIN := .venv/bin
 SHELL := /bin/bash
 
@@ -25,9 +27,9 @@ help:
 toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
-# Two at a time, each file in one process, so that its fixtures are made once
+# Each file in one process, so that its fixtures are made once
 test: notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 versions: .venv/installed-test
 	$(BIN)/python tools/versions.py
@@ -43,7 +45,7 @@ gpu: .venv/installed-test
 	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
 notebooks: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python tools/pages.py --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python tools/pages.py --n_workers $(WORKERS)
 
 edit: .venv/installed-dev
 	$(BIN)/jupyter lab nbs
@@ -77,10 +79,14 @@ named: .venv/bin/python
 	@[ -f $@ ] || touch $@
 	@[ -z '$(TORCH)' ] || [ '$(TORCH)' = "$$(cat $@)" ] || echo '$(TORCH)' > $@
 
+SITE := $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# pip compiles what it installs, 14,000 modules for the tests, on one core: half of its time.
+# So that is done beside it, on all cores; files that are no Python of this version stay as they are
 define install
 @echo "installing into .venv: $(TORCH_WANTED) and what else $(1) needs"
-@$(if $(TORCH_INDEX),$(BIN)/pip install -q --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
-@$(BIN)/pip install -q -e '$(1)' '$(TORCH_WANTED)'
+@$(if $(TORCH_INDEX),$(BIN)/pip install -q --no-compile --index-url '$(TORCH_INDEX)' '$(TORCH_WANTED)')
+@$(BIN)/pip install -q --no-compile -e '$(1)' '$(TORCH_WANTED)'
+@$(BIN)/python -m compileall -qq -j 0 $(SITE) || true
 endef
 
 .venv/installed: .venv/torch settings.ini setup.py

@@ -10,14 +10,14 @@ __all__ = ['LIMITS', 'MOST_PARAMS', 'PRESETS', 'RECOMPUTE_MODES', 'MOST_TOKENS',
            'take_flag', 'dump_run', 'changes', 'differences']
 
 # %% ../nbs/01_config.ipynb #imports
-import contextlib, io, json, math, os, re, tomllib
+import contextlib, io, math, os, re, tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, get_origin
+from typing import Annotated, NotRequired, TypedDict, get_origin
 import tomli_w, tyro
 from .core import UserError, choose
-from .untrusted import read_bounded
+from .untrusted import read_bounded, read_json
 
 # %% ../nbs/01_config.ipynb #ffn-width
 def ffn_width(dim:int,             # d, model width
@@ -367,8 +367,22 @@ def _run_of(path:Path)->Path|None: # None: `path` is not about a run's folder
     "The run's folder that is meant by itself, or by its config.toml. Raises `UserError` for another folder"
     if path.is_dir():
         if (path/'config.toml').exists(): return path
-        raise UserError(f'{path} is not the folder of a run: no config.toml in it')
+        shards = (path/'manifest.json').exists() or (path/'train'/'manifest.json').exists()
+        hint = f'; it holds text: llama-nb init {path} run.toml' if shards else ''
+        raise UserError(f'{path} is not the folder of a run: no config.toml in it{hint}')
     return path.parent if path.name == 'config.toml' and (path.parent/'origin.json').exists() else None
+
+class _Parent(TypedDict):
+    kind:str
+    run:str
+    step:NotRequired[int]
+    sha256:str
+    changed:NotRequired[list[str]]
+
+class _Origin(TypedDict):
+    directory:str
+    folder:str
+    parent:NotRequired[_Parent]
 
 def read_origin(folder # of a run
                )->dict: # directory, folder, perhaps parent; empty for a run that is older than this file
@@ -376,8 +390,8 @@ def read_origin(folder # of a run
     path = Path(folder)/'origin.json'
     if not path.exists(): return {}
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError) as e:
+        return read_json(path, _Origin, TOML_BYTES)
+    except (OSError, UserError) as e:
         raise UserError(f'cannot read {path}: {e}; remove it, and go to where the run was begun') from None
 
 def _found_again(folder:Path, flat:dict)->dict: # setting -> path, seen from here

@@ -24,10 +24,14 @@ def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.
 
 def ask(worker, *arguments, timeout=600):
     "What a program beside the tests answers to arguments, both as JSON, in a process of its own"
-    command = [sys.executable, str(ROOT/'tests'/worker), *map(json.dumps, arguments)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    code = f'import runpy; runpy.run_path({str(ROOT/"tests"/worker)!r}, run_name="__main__")'
+    process = Program([sys.executable, '-c', code, *map(json.dumps, arguments)], ENV)
+    try:
+        said, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(said.splitlines()[-1])
 
 def load_tool(name:str):
     "A program of tools/ as a module"

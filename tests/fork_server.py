@@ -4,7 +4,7 @@ Most of the time of a test that starts four ranks went into importing PyTorch fo
 once, runs nothing, and has one thread; a program that it forks has its own arguments, environment, files and
 signals. `Forked` stands in for `subprocess.Popen` where the command is `python -m MODULE ...` or
 `python -c CODE ...`, on Linux; elsewhere programs start the usual way, and so do everywhere those of the
-launchers, of the pages, and of the data pipelines.
+launchers and of the data pipelines. `tools/pages.py` uses it for the ranks that pages start with `run_ranks`.
 """
 import atexit, faulthandler, gc, importlib, json, os, runpy, select, signal, socket, struct, subprocess
 import sys, tempfile, threading, traceback

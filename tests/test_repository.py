@@ -260,7 +260,7 @@ def requirements():
 
 def test_a_named_torch_is_installed_once_and_replaces_another(make):
     bound = next(r for r in requirements() if r.startswith('torch'))
-    install = 'install -q'
+    install = 'install -q --no-compile'
     assert make()[2] == [f'{install} -e . {bound}']
     assert make()[2] == []
     assert make('TORCH=2.13.0')[2] == [f'{install} -e . torch==2.13.0']

@@ -7,7 +7,7 @@ __all__ = ['save_checkpoint', 'list_checkpoints', 'superseded', 'verify_checkpoi
            'check_finite', 'load_into', 'latest_checkpoint', 'Saver', 'HostMemory', 'lock_folder', 'consolidate']
 
 # %% ../../nbs/62_train.checkpoint.ipynb #imports
-import copy, errno, json, os, secrets, shutil, socket, threading
+import copy, errno, json, os, secrets, shutil, socket, stat, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -378,7 +378,7 @@ def lock_folder(folder,
     folder = Path(folder)
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        f = open(folder/'.lock', 'a+', encoding='utf-8')
+        f = _open_lock(folder/'.lock')
     with f:
         _take(f, folder, report)
         f.truncate(0)
@@ -389,6 +389,18 @@ def lock_folder(folder,
             yield
         finally:
             _HELD.discard(f)
+
+# %% ../../nbs/62_train.checkpoint.ipynb #lock-open
+def _open_lock(path:Path):
+    "The file that is locked, and nothing else in its place. Raises `UserError`"
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC'): flags |= getattr(os, name, 0)
+    wrong = UserError(f'{path} is not the file that a run locks, but a link, a folder or a pipe; remove it')
+    if path.is_symlink() or path.is_dir(): raise wrong
+    fd = os.open(path, flags, 0o666)
+    if stat.S_ISREG(os.fstat(fd).st_mode): return os.fdopen(fd, 'r+', encoding='utf-8')
+    os.close(fd)
+    raise wrong
 
 # %% ../../nbs/62_train.checkpoint.ipynb #lock-take
 _HELD = set()                                               # open files of this process's locks

@@ -69,7 +69,8 @@ class Recent:
     def __init__(self, n:int=20): self.steps = deque(maxlen=n)
 
     def add(self, row:dict): # of the metrics log
-        self.steps.append((row['loss'], row['tokens_per_second']*row['seconds'], row['seconds']))
+        tokens, used = row['tokens_per_second']*row['seconds'], (row.get('mfu') or 0)*row['seconds']
+        self.steps.append((row['loss'], tokens, used, row['seconds']))
 
     @property
     def loss(self)->float: # nats per token; NaN if all were skipped
@@ -82,7 +83,14 @@ class Recent:
 
     @property
     def speed(self)->float: # tokens per second
-        return sum(tokens for _, tokens, _ in self.steps)/sum(seconds for *_, seconds in self.steps)
+        return self._per_second(1)
+
+    @property
+    def mfu(self)->float: # 0 if nobody knows
+        return self._per_second(2)
+
+    def _per_second(self, i:int)->float:
+        return sum(step[i] for step in self.steps)/sum(seconds for *_, seconds in self.steps)
 
 def clock(seconds:float)->str: # 3:20, 1:02:03, 20 days 4:00:00
     days, rest = divmod(round(seconds), 86_400)
@@ -101,7 +109,7 @@ def is_screen(file)->bool:
 def _numbers(row:dict, recent:Recent, steps:int)->str:
     "A step in a file"
     norm = '' if row['grad_norm'] is None else f'  grad norm {row["grad_norm"]:.2f}'
-    mfu = f'  MFU {row["mfu"]:.1%}' if row['mfu'] else ''
+    mfu = f'  MFU {recent.mfu:.1%}' if recent.mfu else ''
     memory = f'  {row["peak_bytes"]/1e9:.1f} GB' if row['peak_bytes'] else ''
     left = clock((steps - row['step'])*recent.seconds)
     return (f'loss {recent.loss:.3f}  lr {row["lr"]:.1e}{norm}  {recent.speed:,.0f} tokens/s{mfu}{memory}  '

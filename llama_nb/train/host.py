@@ -9,13 +9,16 @@ __all__ = ['thread_clock', 'CLEAR', 'keep_freed_memory', 'wide_matmul', 'wide_ma
 
 # %% ../../nbs/90_train.host.ipynb #imports
 import ctypes, json, platform, time, warnings
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 import torch
 from torch import Tensor
+from ..core import UserError
 from ..files import write_atomic
 from ..parallel.mesh import on_rank_zero
 from ..private import cpu_keys, has_onednn_linear, onednn_linear
+from ..untrusted import read_json
 
 # %% ../../nbs/90_train.host.ipynb #keep-freed-memory
 def keep_freed_memory()->bool: # whether the C library is one that can
@@ -105,10 +108,9 @@ def wide_matmul_in_use()->bool: return hasattr(torch.ops.aten.mm, 'exchanged')
 def _written(path:Path)->dict: # empty where there is no such file, or a broken one
     "An object in a JSON file"
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path, dict[str, str | int | float | bool], 2**16)
+    except (OSError, UserError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 def judge_matmul(folder=None, # of the run; nothing is kept if None
                 )->dict:      # processor, torch, threads, gain, wide
@@ -119,7 +121,8 @@ def judge_matmul(folder=None, # of the run; nothing is kept if None
     if here.items() <= written.items() and 'wide' in written: return written
     gain = 0. if wide_matmul_problem() or wide_matmul_in_use() else probe_matmul()
     verdict = {**here, 'gain': round(gain, 2), 'wide': wide_matmul_in_use() or gain > CLEAR}
-    if path: write_atomic(path, json.dumps(verdict, indent=1) + '\n')
+    if path:
+        with suppress(OSError): write_atomic(path, json.dumps(verdict, indent=1) + '\n')   # else asked again
     return verdict
 
 # %% ../../nbs/90_train.host.ipynb #prepare-host

@@ -29,7 +29,7 @@ from . import checkpoint as ckpt
 from .console import Console, end_lines, per_byte, results
 from .guards import STOP_SIGNALS, SpikeGuard, quiet_gc, stop_on_signal, watchdog
 from .lineage import parent_of
-from .metrics import Metrics, StepInFlight, open_metrics
+from .metrics import Metrics, StepInFlight, open_metrics, tolerated
 from .optim import clip_grad_norm, learning_rate, set_lr
 from .run import Trainer, open_data, save, start_run
 
@@ -242,6 +242,7 @@ class RunLog:
         for action in self.after_step: action()
 
     def _finish(self, row:dict):
+        row['in_flight'].read()                              # waits until the device is done with it
         now = time.perf_counter()
         numbers, signals = finish_step(self.run, row, now - self.clock)
         self.clock = now
@@ -277,7 +278,8 @@ class RunLog:
         if not self.metrics: return
         run, seconds = self.run, time.perf_counter() - self.begun
         found = results(run.config, run.loader, run.held_out, self.metrics.row) | parent_of(run.out)
-        write_atomic(run.out/'results.json', json.dumps(found, indent=1) + '\n')
+        with tolerated(run.out/'results.json', run.report):
+            write_atomic(run.out/'results.json', json.dumps(found, indent=1) + '\n')
         for line in end_lines(run.out, found, run.step - self.first, seconds): run.report(line)
 
     def publish(self):
@@ -285,7 +287,8 @@ class RunLog:
         c = self.run.config.train
         self.metrics.sync()
         at_end = bool(self.signals) or self.run.step == c.steps
-        self.metrics.curve.draw(self.run.out/'loss.png', at_end)
+        picture = self.run.out/'loss.png'
+        with tolerated(picture, self.run.report): self.metrics.curve.draw(picture, at_end)
 
 # %% ../../nbs/65_train.trainer.ipynb #finish-step
 def finish_step(run:Trainer,
