@@ -14,7 +14,7 @@ import contextlib, io, math, os, re, tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict, get_origin
 import tomli_w, tyro
 from .core import UserError, choose
 from .untrusted import read_bounded, read_json
@@ -433,10 +433,28 @@ def parse_flags(cls,           # a dataclass
     try:
         with contextlib.redirect_stderr(shown):
             parsed = shown_as if shown_as and '--help' in args else cls
-            return tyro.cli(parsed, args=list(args), prog=prog, config=(tyro.conf.FlagConversionOff,))
+            words = _collected(cls, args)
+            return tyro.cli(parsed, args=words, prog=prog, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as e:
         if e.code in (0, None): raise
     raise UserError(f'{_explain(cls, _first_words(shown.getvalue()))}; see {prog} --help')
+
+# %% ../nbs/01_config.ipynb #collected
+def _collected(cls, args)->list[str]:
+    "The arguments, with all words of a flag that takes several behind its first place"
+    several = {f'--{f.name}' for f in fields(cls) if get_origin(f.type) is tuple}
+    groups, first = [], {}                                   # each a flag and its words
+    for word in args:
+        flag, equals, value = word.partition('=')
+        if flag in several:
+            if flag not in first: groups.append(first.setdefault(flag, [flag]))
+            last = first[flag]
+            last += [value] if equals else []
+        elif word.startswith('--') or not groups:
+            groups.append(last := [word])
+        else:
+            last.append(word)
+    return [word for group in groups for word in group]
 
 # %% ../nbs/01_config.ipynb #batch
 def batch_for(tokens:int,  # that a run will read

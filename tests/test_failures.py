@@ -294,7 +294,8 @@ def test_thousands_of_files_are_deleted_by_many_hands(tmp_path):
 # --- numbers that are none ----------------------------------------------------------------------
 
 NUMBERS = {name: kind for name, kind in setting_names().items() if kind in (int, float)}
-WRONG = {float: ('nan', '1e400', '-inf', '-1.0', '-0.0'), int: ('1e400', '-2', '1'*30, '1.5', 'true')}
+WRONG = {float: ('nan', '1e400', '-inf', '-1.0', '-0.0'),
+         int: ('1e400', '-9999999999999', '1'*30, '1.5', 'true')}
 START = {'model': {'preset': '"7B"'}, 'data': {'train': '"tokens"'}, 'train': {'steps': '5000'}, 'optim': {},
          'parallel': {}}
 

@@ -161,3 +161,20 @@ def test_the_help_has_every_setting(capsys):
 def test_the_files_of_the_paper_leave_nothing_to_follow():
     for path in (Path(__file__).parent.parent/'configs').glob('*.toml'):
         assert load_run(path) == load_run(path, read_text=lambda folder: (7, 7))
+
+# --- flags that take several words --------------------------------------------------------------
+
+def test_a_prompt_given_twice_is_two_prompts(monkeypatch):
+    "And not the last one; words without a flag stay where they are"
+    asked = []
+    monkeypatch.setattr(cli.Generate, 'run', lambda self: asked.append(self) or 0)
+    for words in ('RUN --prompt a b', 'RUN --prompt a --n 1 --prompt=b'):
+        assert cli.main(['generate', *words.split()]) == 0
+    assert [(g.folder, g.prompt) for g in asked] == [('RUN', ('a', 'b'))]*2
+
+def test_a_usage_line_names_what_it_wants(capsys):
+    for line, words in (('convert', 'RUN FILE'), ('generate', 'RUN'), ('data clean', 'SOURCE PATH ...'),
+                        ('init', 'TOKENS FILE')):
+        with pytest.raises(SystemExit): cli.main([*line.split(), '--help'])
+        usage = capsys.readouterr().out.split('\n\n')[0]
+        assert words in ' '.join(usage.split()) and ' STR STR' not in usage

@@ -214,7 +214,7 @@ MISTAKES = {
     'unknown flag': ([*MODEL, '--gpu-per-node', '8'], "did you mean 'gpus_per_node'"),
     'no run file': ([README], 'is not a TOML file'),
     'missing': (['none.toml'], 'cannot read none.toml'),
-    'a folder': ([str(ROOT/'configs')], 'cannot read'),
+    'a folder': ([str(ROOT/'configs')], 'is not the folder of a run'),
     'no model file': (['--model', README, '--gpus', '8'], 'is not a TOML file'),
     'no model table': (['--model', PROJECT, '--gpus', '8'], 'has no [model] table'),
     'not a run': ([PROJECT], 'unknown setting'),

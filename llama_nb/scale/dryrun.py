@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from ..config import RunConfig, degrees, load_run, take_flag
 from ..core import UserError
+from ..data.mixture import text_facts
 from ..model import kernels, transformer
 from ..parallel.mesh import make_mesh
 from ..private import COLLECTIVES, OperatorMode
@@ -414,7 +415,7 @@ def dry_run_command(args:list[str])->int: # exit code
     _, memory, args = take_flag(args, '--gpu-memory', float)
     path, settings = ('', args) if not args or args[0].startswith('-') else (args[0], args[1:])
     if not args: raise UserError('a dry run needs a run file: llama-nb train RUN.toml --dry-run [GPUS]')
-    config = load_run(path, settings)
+    config = load_run(path, settings, _text_facts)
     run = dry_run(config, world_size=gpus)
     print('\n'.join(report_lines(run, 1e9*(memory or 0))))
     print(_data_line(config))
@@ -424,6 +425,9 @@ def dry_run_command(args:list[str])->int: # exit code
         raise UserError(f'{run.peak/1e9:.1f} GB do not fit a GPU of {memory:g} GB; lower '
                         'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
     return 0
+
+def _text_facts(path)->tuple: # vocabulary, tokens; what is supposed of a text that is not here
+    return text_facts(path) if Path(path).exists() else (None, 2**40)
 
 def _data_line(config:RunConfig)->str:
     "What the run would read, if it is here"

@@ -18,7 +18,8 @@ from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..files import file_digest, write_atomic
 from ..model.transformer import LLaMA
-from .checkpoint import list_checkpoints, load_into
+from ..parallel.mesh import on_all_ranks
+from .checkpoint import check_finite, list_checkpoints, load_into
 from .metrics import read_metrics
 from .optim import learning_rate
 from .sharded import check_fit, file_index, read_file, read_index
@@ -129,6 +130,7 @@ def load_weights(model:torch.nn.Module, # in any layout
         read_file(start.path, weights)
     else:
         load_into(start.path, {'model': weights})
+    on_all_ranks(lambda: check_finite(start.path, weights))
 
 # %% ../../nbs/6D_train.lineage.ipynb #write-origin
 def write_origin(out:Path, config:RunConfig, start:Start|None=None):

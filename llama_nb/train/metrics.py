@@ -292,7 +292,8 @@ class Metrics:
             yield
             self.failing = False
         except OSError as e:
-            if not self.failing: self.report(f'metrics.jsonl cannot be written ({e.strerror}); the run goes on')
+            if not self.failing:
+                self.report(f'metrics.jsonl cannot be written ({e.strerror}); the run goes on')
             self.failing = True
 
     def sync(self):
