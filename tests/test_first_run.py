@@ -1,11 +1,12 @@
 "A first run: the file that `llama-nb init` writes is taken as it is, and defaults follow what they should."
-import re
+import csv, gzip, json, re, shlex
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from unittest import mock
 import pytest
 import torch
-from conftest import metrics
+from conftest import ROOT, metrics
 from llama_nb import cli
 from llama_nb.config import PRESETS, RunConfig, batch_for, load_run, parse_flags, setting_names
 from llama_nb.core import UserError
@@ -178,3 +179,40 @@ def test_a_usage_line_names_what_it_wants(capsys):
         with pytest.raises(SystemExit): cli.main([*line.split(), '--help'])
         usage = capsys.readouterr().out.split('\n\n')[0]
         assert words in ' '.join(usage.split()) and ' STR STR' not in usage
+
+# --- the commands of the front page ---------------------------------------------------------------
+
+def readme_commands()->list[list[str]]:
+    "The words of each line of the README's section on text of one's own"
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    section = readme.partition('\n## Text of your own\n')[2].partition('\n## ')[0]
+    block = section.split('```')[1].strip()
+    return [shlex.split(line)[1:] for line in block.split('\n')]
+
+def mixed_texts(folder:Path):
+    "What the README's commands read: a folder, a table, and compressed lines at any depth"
+    texts = list(topics.values())
+    (folder/'texts').mkdir()
+    for i, text in enumerate(texts[::2]):
+        (folder/'texts'/f'{i}.{("txt", "md", "rst", "py")[i % 4]}').write_text(text, encoding='utf-8')
+    (folder/'texts'/'page.html').write_text('<p>A llama is <b>no</b> camel.</p>')
+    with open(folder/'mails.csv', 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([('from', 'text'), *(('a@b.org', text) for text in texts[1::4])])
+    deep = folder/'more'/'a'/'b'
+    deep.mkdir(parents=True)
+    lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts[3::4])
+    (deep/'x.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    "From a folder of mixed files to a sample, as they stand there; only the minutes are fewer"
+    mixed_texts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert [words[0] for words in commands] == ['tokenizer', 'data', 'init', 'train']
+    for words in commands:
+        more = {'init': ['--minutes', '.1', '--device', 'cpu'], 'data': ['--workers', '1']}.get(words[0], [])
+        assert cli.main([*words, *more]) == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f'{len(topics) + 1:,} documents' in said.out + said.err
+    assert cli.main(['generate', 'runs/run', '--prompt', 'The', '--max-new-tokens', '5']) == 0
+    assert capsys.readouterr().out.startswith('The')
