@@ -16,7 +16,7 @@ def worker(name, *arguments, **options): return ask('dryrun_worker.py', name, ar
 
 # --- agreement with the closed forms ------------------------------------------------------------
 
-CASES = [((1, 1, 1), 'linear'), ((1, 1, 1), 'none', 4),
+CASES = [((1, 1, 1), 'linear'), ((1, 1, 1), 'none', 4), ((1, 1, 4), 'none'), ((1, 1, 4), 'linear', 4),
          ((1, 8, 1), 'none'), ((1, 8, 1), 'full'), ((4, 8, 1), 'linear', 4),
          ((1, 8, 4), 'linear'), ((2, 4, 4), 'none'), ((2, 4, 4), 'full', 4),
          ((1, 8, 1), 'linear', 1, 'blocks'), ((1, 8, 4), 'linear', 1, 'blocks')]

@@ -82,16 +82,16 @@ def _parts(activations:float, gradients:float, gathered:float, work:float)->dict
     return {'gradients': gradients, 'activations': activations, 'gathered weights': gathered, 'work': work}
 
 # %% ../../nbs/80_scale.memory.ipynb #alone-moments
-def _alone(config, kept, all_gradients):
-    "Bytes at the instants of a rank that holds whole weights; its gathered weights are autocast's copies"
+def _alone(config, tensor, kept, all_gradients):
+    "Bytes at the instants of a rank that gathers no weights; what counts as gathered are autocast's copies"
     w, layers = number_bytes(config), config.model.n_layers
-    block, out = _block(config, 1), _output(config, 1)
+    block, out = _block(config, tensor), _output(config, tensor)
     one = w*block if w == 2 else 0                              # float32 needs no copy
     later = layers*one if config.train.recompute == 'none' else one
     compiled = config.train.compile != 'off' and config.train.recompute == 'linear'
-    work = _work_bytes(config, 1) + ((4 - w)*block if _by_hand(config, 1) else 0)
+    work = _work_bytes(config, tensor) + ((4 - w)*block if _by_hand(config, tensor) else 0)
     return {'forward': _parts(layers*kept, 0, one if compiled else layers*one, 0),
-            'loss': _parts(layers*kept, 0, later - one, _loss_bytes(config, 1) + w*out),
+            'loss': _parts(layers*kept, 0, later - one, _loss_bytes(config, tensor) + w*out),
             'backward': _parts(layers*kept, 4*out, later, work),
             'end': _parts(kept, all_gradients - 4*(out + block), one, work)}
 
@@ -102,7 +102,7 @@ def memory_instants(config:RunConfig, world_size:int=1)->dict[str,dict[str,float
     parameters, kept = config.model.n_params/(shards*tensor), kept_bytes(config, tensor)
     if replicas*shards > 1: instants = _sharded(config, shards, tensor, kept, 4*parameters)
     else:
-        instants = _alone(config, kept, 4*parameters)
+        instants = _alone(config, tensor, kept, 4*parameters)
     state = {'weights': 4*parameters, "AdamW's moments": 8*parameters}
     accumulates = config.data.batch_size > replicas*shards*config.train.micro_batch_size
     all_the_time = {'gradients': 4*parameters} if accumulates else {}
