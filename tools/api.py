@@ -3,7 +3,7 @@
 The exported modules are read, not imported, so the site needs no PyTorch. Parameters carry their comments
 in fastcore's manner (docments): the one behind the parameter, else those on the lines above it.
 """
-import ast, html, io, re, tokenize
+import ast, html, io, json, re, tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,10 +104,11 @@ def read_class(node, comments:dict)->Symbol:
     return made
 
 def read_value(name:str, node, comments:dict)->Symbol:
-    value = unparse(node.value)
+    value = ' '.join(unparse(node.value).split())           # a string may have several lines
     shown = value if len(value) < 200 else f'{value[:190]} ...'
     summary = comment_at(node.lineno, comments, set())
-    return Symbol('data', name, node.lineno, summary, options=[f':value: {shown}'] if value else [])
+    options = [f':value: {json.dumps(shown, ensure_ascii=False)}'] if value else []
+    return Symbol('data', name, node.lineno, summary, options=options)
 
 def read_symbol(name:str, node, comments:dict)->Symbol:
     if isinstance(node, ast.ClassDef): return read_class(node, comments)

@@ -134,7 +134,6 @@ def _check_alike(path:Path, sources:list[Source], block:int):
     "Raise `UserError` unless the sources can stand in one mixture"
     first, seen = sources[0], {}
     for s in sources:
-        if not s.shards.n_tokens: raise UserError(f'{path}: the source {s.name!r} has no tokens')
         if s.shards.tokenizer_digest != first.shards.tokenizer_digest:
             raise UserError(f'{path}: {first.name!r} and {s.name!r} were made by different tokenizers; '
                             'write all sources with the same one')
