@@ -585,7 +585,10 @@ def _for_help(cls, prefix:str=''):
             continue
         changed.append((f.name, kind, field(default=default)))
     known = {'__doc__': cls.__doc__, '__module__': cls.__module__}       # tyro finds the comments there
-    return make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True, namespace=known)
+    made = make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True, namespace=known)
+    line = vars(cls).get('__firstlineno__')                             # from Python 3.13 on by this
+    if line: made.__firstlineno__ = line
+    return made
 
 def _preset_for_help()->tuple:
     about = tyro.conf.arg(help=f'all sizes by a name: {", ".join(PRESETS)}; other settings of the model win',
