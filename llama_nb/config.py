@@ -331,11 +331,12 @@ def read_toml(path,
              )->dict:
     "The tables of a TOML file. Raises `UserError` if it cannot be read or is none"
     try:
-        return tomllib.loads(read_bounded(path, limit).decode('utf-8'))
+        text = read_bounded(path, limit).decode('utf-8')
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read {path}: {getattr(e, "strerror", e)}') from e
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as e:  # a number of 5,000 digits, too
-        if isinstance(e, UserError): raise
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as e:           # a number of 5,000 digits, too
         raise UserError(f'{path} is not a TOML file: {e}') from None
 
 def _flatten(table:dict, prefix:str='')->dict:

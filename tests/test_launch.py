@@ -1,5 +1,6 @@
 "Ranks that the command starts itself, their signals, failures and exit codes; the check before they begin."
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
+from pathlib import Path
 import pytest
 from conftest import ENV, command, metrics
 from fork_server import Program
@@ -134,6 +135,18 @@ def test_a_check_knows_the_folder(run_file, tmp_path, llama_nb, capsys):
     assert 'goes on after step 4 of 4' in capsys.readouterr().out
     assert cli.main(['train', str(path), '--check', '--optim.lr', '1e-4']) == 2
     assert 'optim.lr: 0.003 -> 0.0001' in capsys.readouterr().err
+
+def test_a_check_lets_a_run_be_prolonged(run_file, llama_nb, capsys):
+    "It asks what the run itself will ask: more steps of WSD are the same run, of a cosine another one"
+    wsd = '--optim.schedule', 'wsd', '--optim.decay_fraction', '.5', '--optim.warmup_steps', '1'
+    path = str(run_file(4, save_every=2))
+    assert llama_nb('train', path, *wsd, '--train.steps', '4')[0] == 0
+    out = load_run(path).out
+    assert cli.main(['train', out, '--check', '--train.steps', '8']) == 2      # its decay is over
+    assert '--fork' in capsys.readouterr().err
+    shutil.rmtree(Path(out, 'checkpoints', 'step-00000004'))
+    assert cli.main(['train', out, '--check', '--train.steps', '8']) == 0
+    assert 'goes on after step 2 of 8' in capsys.readouterr().out
 
 def test_memory_is_that_of_the_formula(run_file):
     config = load_run(run_file(4))

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ..config import RunConfig, degrees, differences, load_run
+from ..config import RunConfig, degrees
 from ..core import UserError
 from ..scale.layout import USABLE
 from ..scale.memory import memory_line, memory_per_rank
-from .checkpoint import list_checkpoints
+from .lineage import check_begun, settle_start
 from .run import check_settings, open_data, settle_dtype
 
 # %% ../../nbs/6C_train.check.ipynb #numbers
@@ -65,12 +65,10 @@ def check_folder(config:RunConfig)->str:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir(): raise UserError(f'{there} is a file; choose another --out')
     if not os.access(there, os.W_OK): raise UserError(f'{there} cannot be written; choose another --out')
+    settled = settle_start(settle_dtype(config, torch.device('cpu')))      # as the run itself will do
     if not (out/'config.toml').exists(): return f'{out} is new'
-    changed = '; '.join(differences(load_run(out/'config.toml'), settle_dtype(config, torch.device('cpu'))))
-    if changed:
-        raise UserError(f'{out} holds a run with another configuration ({changed}); choose another --out')
-    done = [int(path.name.rpartition('-')[2]) for path in list_checkpoints(out/'checkpoints')]
-    return f'{out} goes on after step {max(done, default=0):,} of {config.train.steps:,}'
+    _, done = check_begun(settled)
+    return f'{out} goes on after step {done:,} of {config.train.steps:,}'
 
 # %% ../../nbs/6C_train.check.ipynb #check-run
 def check_run(config:RunConfig,

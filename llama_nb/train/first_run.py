@@ -22,7 +22,7 @@ from ..scale.layout import USABLE
 from ..scale.memory import memory_per_rank
 from .host import judge_matmul, prepare_host
 from .optim import clip_grad_norm, make_optimizer
-from .run import build_model
+from .run import build_model, device_memory
 from .trainer import accumulate
 
 # %% ../../nbs/6B_train.first_run.ipynb #text
@@ -61,10 +61,7 @@ PASS = {'cuda': 2**15, 'cpu': 2**11, 'mps': 2**12}  # tokens of a pass, beyond w
 
 # %% ../../nbs/6B_train.first_run.ipynb #fitted
 def device_bytes(device:torch.device)->float: # infinite where the system does not say
-    "Memory of a GPU, or of the machine"
-    if device.type == 'cuda': return torch.cuda.get_device_properties(device).total_memory
-    known = getattr(os, 'sysconf_names', {})
-    return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES') if 'SC_PHYS_PAGES' in known else math.inf
+    return device_memory(device) or math.inf
 
 def _passes(most:int):
     "Ways to make a pass, the fastest first: what blocks keep, and sequences"

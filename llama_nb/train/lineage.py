@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Start', 'find_start', 'steps_done', 'settle_start', 'check_start', 'load_weights', 'write_origin',
-           'parent_of', 'parent_sentence', 'begin_line', 'prolong', 'refusal']
+           'parent_of', 'parent_sentence', 'begin_line', 'prolong', 'refusal', 'check_begun']
 
 # %% ../../nbs/6D_train.lineage.ipynb #imports
 import json, os, shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 import tomli_w, torch
-from ..config import LATE_SETTINGS, ModelConfig, RunConfig, changes, load_run, named_step, read_origin
-from ..config import read_toml
+from ..config import LATE_SETTINGS, ModelConfig, RunConfig, changes, differences, load_run, named_step
+from ..config import read_origin, read_toml
 from ..core import UserError
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..files import file_digest, write_atomic
 from ..model.transformer import LLaMA
 from ..parallel.mesh import on_all_ranks
-from .checkpoint import check_finite, list_checkpoints, load_into
+from .checkpoint import check_finite, list_checkpoints, load_into, step_of
 from .metrics import read_metrics
 from .optim import learning_rate
 from .sharded import check_fit, file_index, read_file, read_index
@@ -48,19 +48,17 @@ def find_start(text:str # RUN, RUN@STEP, the folder of a checkpoint, or a safete
     folder, step = named_step(text)
     if not (folder/'config.toml').exists():
         raise UserError(f'{text} is no run, checkpoint or .safetensors file: no config.toml in {folder}')
-    there = {_step(p): p for p in list_checkpoints(folder/'checkpoints')}
+    there = {step_of(p): p for p in list_checkpoints(folder/'checkpoints')}
     if not there: raise UserError(f'{folder} has no checkpoint yet; train it first')
     if step is None: step = max(there)
     if step not in there:
         raise UserError(f'{folder} has no checkpoint of step {step}; there are {", ".join(map(str, there))}')
     return Start(there[step], folder, step)
 
-def _step(path:Path)->int: return int(path.name.rpartition('-')[2])
-
 def steps_done(folder # of a run
               )->int:
     "Steps of its newest checkpoint; 0 without one"
-    return max(map(_step, list_checkpoints(Path(folder)/'checkpoints')), default=0)
+    return max(map(step_of, list_checkpoints(Path(folder)/'checkpoints')), default=0)
 
 # %% ../../nbs/6D_train.lineage.ipynb #settle-start
 def settle_start(config:RunConfig)->RunConfig:
@@ -218,5 +216,13 @@ def _branch(out:Path, begun:RunConfig, names:list[str])->str: # RUN or RUN@STEP
     "Where to fork: for more steps of WSD at the last checkpoint before the decay"
     if begun.optim.schedule == 'cosine' or 'train.steps' not in names: return str(out)
     limit = begun.optim.decay_start(begun.train.steps)
-    before = [_step(p) for p in list_checkpoints(out/'checkpoints') if _step(p) <= limit]
+    before = [step_of(p) for p in list_checkpoints(out/'checkpoints') if step_of(p) <= limit]
     return f'{out}@{before[-1]}' if before else str(out)
+
+def check_begun(config:RunConfig # of a folder in which a run has begun
+               )->tuple[RunConfig, int]: # as it was begun, steps that are done
+    "Raise `UserError` with the ways out unless the run in its folder may go on with `config`"
+    begun, done = load_run(Path(config.out)/'config.toml'), steps_done(config.out)
+    changed = differences(begun, config, done)
+    if changed: raise UserError(refusal(begun, config, changed, done))
+    return begun, done

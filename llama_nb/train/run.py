@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
-from ..config import RunConfig, degrees, differences, dump_run, load_run, read_origin
+from ..config import RunConfig, degrees, dump_run, load_run, read_origin
 from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state, shift_after
 from ..data.mixture import make_loader, open_tokens
@@ -33,8 +33,8 @@ from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
 from . import checkpoint as ckpt
 from .console import known_peak, start_lines, write_readme
 from .guards import NonFiniteGuard, collective_seconds
-from .lineage import Start, begin_line, check_start, load_weights, parent_sentence, prolong
-from .lineage import refusal, settle_start, steps_done, write_origin
+from .lineage import Start, begin_line, check_begun, check_start, load_weights, parent_sentence
+from .lineage import prolong, settle_start, write_origin
 from .optim import make_optimizer
 from .recompute import apply_recompute
 from .state import optimizer_tensors, prepare_optimizer
@@ -175,9 +175,7 @@ def open_folder(config:RunConfig, shards:TokenShards,
         write_atomic(path, dump_run(config))
         return []
     if not read_origin(out): write_origin(out, config)                 # the run is older than such files
-    begun, done = load_run(path), steps_done(out)
-    changed = differences(begun, config, done)
-    if changed: raise UserError(refusal(begun, config, changed, done))
+    begun, _ = check_begun(config)
     return prolong(begun, config)
 
 # %% ../../nbs/66_train.run.ipynb #settle-dtype
