@@ -603,7 +603,8 @@ def _say(error:Exception)->int: # exit code
     who = '' if rank == '0' else f'rank {rank}: '
     passing = is_temporary(error)
     hint = ' (this may pass; the same command may succeed later)' if passing else ''
-    print(f'llama-nb: {who}error: {problem}{hint}', file=sys.stderr)
+    line = f'llama-nb: {who}error: {problem}{hint}\n'
+    sys.stderr.write(line)                  # at once: `print` would let another rank's line between
     return TEMPORARY if passing else 2
 
 # %% ../nbs/92_cli.ipynb #program

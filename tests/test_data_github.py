@@ -125,10 +125,10 @@ def test_a_folder_with_loops_and_pipes(tmp_path):
 
 @pytest.mark.parametrize('name', ['p.tar', 'p.tar.gz', 'p.zip'])
 def test_damaged_archives_end_in_a_report_and_nothing_else(tmp_path, name):
-    many = FILES | {f'p/{i}.py': os.urandom(500).hex().encode() for i in range(20)}
+    rng = random.Random(1)
+    many = FILES | {f'p/{i}.py': rng.randbytes(500).hex().encode() for i in range(20)}
     make = zip_of if name.endswith('zip') else partial(tar_of, mode='w:gz' if 'gz' in name else 'w')
     whole = make(tmp_path/name, many).read_bytes()
-    rng = random.Random(1)
     for i in range(150):
         data = bytearray(whole[:rng.randrange(len(whole))] if i % 3 == 0 else whole)
         for _ in range(rng.randint(1, 20)):
@@ -137,6 +137,27 @@ def test_damaged_archives_end_in_a_report_and_nothing_else(tmp_path, name):
         docs, tally = read(tmp_path/name)
         assert all(isinstance(d, Document) for d in docs)
         assert tally.unread or (i % 3 and docs), i          # what is cut off is always told
+
+@pytest.mark.parametrize('field, size', [(8, 2), (10, 2), (12, 4), (16, 4)])
+def test_a_zip_whose_last_record_is_damaged_is_told(tmp_path, field, size):
+    "each field that says how much is in the archive, and where: `zipfile` reads fewer files, or none"
+    path = zip_of(tmp_path/'p.zip', FILES)
+    whole = path.read_bytes()
+    record = whole.rindex(b'PK\5\6')
+    for value in 0, 1, 63, 2**(8*size) - 2:
+        data = bytearray(whole)
+        data[record + field:record + field + size] = value.to_bytes(size, 'little')
+        path.write_bytes(data)
+        docs, tally = read(path)
+        assert tally.unread or len(docs) == 2, (value, docs)
+
+def test_a_zip_with_a_comment_and_an_empty_one_are_read(tmp_path):
+    path = zip_of(tmp_path/'p.zip', FILES)
+    with zipfile.ZipFile(path, 'a') as z: z.comment = b'made by hand ' * 1000
+    docs, tally = read(path)
+    assert len(docs) == 2 and not tally.unread
+    docs, tally = read(zip_of(tmp_path/'empty.zip', {}))
+    assert not docs and not tally.unread
 
 def test_what_stands_before_the_damage_is_given(tmp_path):
     path = tar_of(tmp_path/'p.tar', FILES)

@@ -15,7 +15,7 @@ from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh, processes
 from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
 from llama_nb.parallel.processes import host_group, start_ranks
-from llama_nb.train import checkpoint, metrics as log, trainer
+from llama_nb.train import checkpoint, console, metrics as log, trainer
 from llama_nb.train.guards import SpikeGuard, collective_seconds
 
 # --- a rank that fails --------------------------------------------------------------------------
@@ -83,6 +83,15 @@ def test_a_mistake_of_all_ranks_is_a_line_of_each(tmp_path, run_file):
     assert ('llama-nb: error: a mistake of all\n' in said
             and 'llama-nb: rank 1: error: a mistake of all\n' in said), said
     assert 'train_step' not in said and 'failed:\nTraceback' not in said and 'exitcode  : 2' in said, said
+
+def test_a_line_of_many_ranks_is_written_at_once():
+    "the streams of ranks are often unbuffered, and the line of one must not stand within another's"
+    file = mock.Mock()
+    with mock.patch.object(sys, 'stderr', file): cli._say(UserError('a typo'))
+    bar = console.Console(20, file=file, screen=False)
+    bar.validation(3, 2., 1.)
+    lines = [call.args[0] for call in file.write.call_args_list]
+    assert len(lines) == 2 and all(line.endswith('\n') for line in lines), lines
 
 # --- exit codes: who can mend it ----------------------------------------------------------------
 

@@ -9,7 +9,7 @@ __all__ = ['CODE', 'PERMISSIVE', 'HEADERS', 'MAX_FILE', 'is_allowed', 'licence_o
            'github_stages']
 
 # %% ../../nbs/78_data.github.ipynb #imports
-import email, io, json, os, re, stat, tarfile, tomllib, zipfile, zlib
+import email, io, json, os, re, stat, struct, tarfile, tomllib, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -264,8 +264,19 @@ def _tar(path:str)->Iterator[_Entry]:
     if not header.complete: raise UserError(f'{path} ends where no archive ends: it is cut off or damaged')
 
 # %% ../../nbs/78_data.github.ipynb #zip
+def _count_entries(stream, # a zip archive
+                  )->int: # modulo 65,536
+    "Entries that the last record of a zip archive counts"
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, size - 22 - 65535))                  # the record, and the longest comment
+    tail = stream.read()
+    return struct.unpack_from('<H', tail, tail.rfind(b'PK\5\6') + 10)[0]
+
 def _zip(path:str)->Iterator[_Entry]:
     with open_stream(path) as stream, zipfile.ZipFile(stream) as archive:
+        told, found = _count_entries(stream), len(archive.infolist())
+        if told not in (0xffff, found % 2**16):             # all bits set: a larger record counts them
+            raise UserError(f'{path} is cut off or damaged: it tells of {told:,} entries and has {found:,}')
         left = growth_limit(stream.seek(0, io.SEEK_END))
         def read(info, limit):
             nonlocal left
@@ -395,7 +406,7 @@ def read_installed(report:Report=refuse,
     found = {str(d.metadata['Name']): d for d in reversed([*metadata.distributions()]) if d.metadata}
     for name in sorted(set(found) if names is None else set(names) & set(found)):
         licence = licence_of_metadata(found[name].metadata)
-        for file in sorted(found[name].files or []):
+        for file in sorted(set(found[name].files or [])):   # a list of setuptools may name one twice
             if '..' in file.parts: continue                 # a program, outside of the library
             entry = _Entry(file.as_posix(), partial(_read_path, found[name].locate_file(file)))
             doc = _code(entry, name, licence, endings, report)

@@ -160,7 +160,9 @@ class Console:
         if not self.shown: return
         line = f'step {step:>{len(str(self.steps))}}/{self.steps}  {words}'
         if self.bar is not None: return self.bar.write(line, file=self.file)
-        print(time.strftime('%Y-%m-%d %H:%M:%S '), line, file=self.file, flush=True)
+        now = time.strftime('%Y-%m-%d %H:%M:%S')
+        self.file.write(f'{now}  {line}\n')                 # at once: other ranks write here, too
+        self.file.flush()
 
     def close(self):
         if self.bar is not None: self.bar.close()
