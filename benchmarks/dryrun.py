@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 import torch
-from llama_nb.config import load_run
+from llama_nb.run_file import load_run
 from llama_nb.scale.dryrun import KINDS, dry_run
 
 HERE = Path(__file__).resolve().parent

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 import torch
-from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from llama_nb.config import ModelConfig
+from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.model.kernels import backend_problem, backend_report
 from llama_nb.core import UserError, pick_dtype
 from llama_nb.model.transformer import LLaMA, init_weights
@@ -186,7 +187,8 @@ def xformers_beside(desk):
 
 def default_steps(desk):
     "The command line with a run file that sets only what it must (C3)"
-    from llama_nb.config import PRESETS, dump_run
+    from llama_nb.config import PRESETS
+    from llama_nb.run_file import dump_run
     small = PRESETS['toy'] if desk.gpu else MINI
     data = DataConfig(shards(desk), seq_len=small.max_seq_len, batch_size=4)
     config = RunConfig(str(desk.work/'default'), small, data, TrainConfig(steps=5),

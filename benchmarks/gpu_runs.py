@@ -7,7 +7,8 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from llama_nb.config import ModelConfig, dump_run
+from llama_nb.config import ModelConfig
+from llama_nb.run_file import dump_run
 from llama_nb.data.shards import TokenShards
 from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.processes import stop_ranks

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from collections import Counter
 import torch
 from torch import nn
-from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from llama_nb.config import ModelConfig
+from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.core import UserError
 from llama_nb.model.kernels import pick_backend
 from llama_nb.model.transformer import LLaMA

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from llama_nb.config import ModelConfig, OptimConfig
+from llama_nb.config import ModelConfig
+from llama_nb.settings import OptimConfig
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.mesh import total
 from llama_nb.parallel.data import apply_data_parallel, materialize

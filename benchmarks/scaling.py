@@ -125,7 +125,7 @@ def curve(rows, points=60):
     return out
 
 def result(s, folder, name, steps, seed):
-    from llama_nb.config import load_run
+    from llama_nb.run_file import load_run
     c = load_run(folder/'config.toml').model
     rows = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
     return {'size': name, 'steps': steps, 'seed': seed, 'parameters': c.n_params,

@@ -142,7 +142,7 @@ def their_step(s, who, device, dtype):
 def training_step(s, who, device, dtype):
     "A function that makes one optimiser step and returns the loss; and the bytes of weights and optimiser"
     import torch
-    from llama_nb.config import OptimConfig
+    from llama_nb.settings import OptimConfig
     from llama_nb.train.optim import clip_grad_norm, make_optimizer
     torch.manual_seed(0)
     model, run = (our_step if who.code == 'llama_nb' else their_step)(s, who, device, dtype)

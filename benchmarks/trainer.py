@@ -38,7 +38,8 @@ def shards(folder):
                  folder/'tokens')
 
 def open_run(folder, s, ranks):
-    from llama_nb.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+    from llama_nb.config import ModelConfig
+    from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
     from llama_nb.train.trainer import start_run
     model = ModelConfig(s.dim, s.layers, s.heads, vocab_size=s.vocab, multiple_of=32, max_seq_len=s.seq)
     steps = 3*s.block*(s.rounds + 1) + 2

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 # %% ../nbs/96_init.ipynb #homes
-_NAMES = {'config': 'ModelConfig OptimConfig PRESETS RunConfig load_run',
+_NAMES = {'config': 'ModelConfig PRESETS',
           'core': 'UserError',
           'data.documents': 'Document',
           'data.loader': 'Loader',
@@ -24,6 +24,8 @@ _NAMES = {'config': 'ModelConfig OptimConfig PRESETS RunConfig load_run',
           'model.ffn': 'FeedForward',
           'model.norm': 'RMSNorm',
           'model.transformer': 'LLaMA TransformerBlock',
+          'run_file': 'load_run',
+          'settings': 'OptimConfig RunConfig',
           'train.checkpoint': 'consolidate load_checkpoint',
           'train.loss': 'bits_per_byte next_token_loss',
           'train.optim': 'clip_grad_norm cosine_lr make_optimizer',
@@ -44,7 +46,7 @@ def __dir__()->list[str]: return sorted({*globals(), *_HOMES})
 
 # %% ../nbs/96_init.ipynb #static
 if TYPE_CHECKING:
-    from llama_nb.config import ModelConfig, OptimConfig, PRESETS, RunConfig, load_run
+    from llama_nb.config import PRESETS, ModelConfig
     from llama_nb.core import UserError
     from llama_nb.data.documents import Document
     from llama_nb.data.loader import Loader
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from llama_nb.model.ffn import FeedForward
     from llama_nb.model.norm import RMSNorm
     from llama_nb.model.transformer import LLaMA, TransformerBlock
+    from llama_nb.run_file import load_run
+    from llama_nb.settings import OptimConfig, RunConfig
     from llama_nb.train.checkpoint import consolidate, load_checkpoint
     from llama_nb.train.loss import bits_per_byte, next_token_loss
     from llama_nb.train.optim import clip_grad_norm, cosine_lr, make_optimizer

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Annotated
 import tyro
 from . import __version__
-from .config import check_fields, degrees, load_run, named_step, parse_flags, read_toml
-from .config import setting, take_flag
+from .config import check_fields
+from .settings import degrees
+from .flags import parse_flags
+from .run_file import load_run, named_step, read_toml
+from .config import setting
+from .flags import take_flag
 from .core import UserError, choose, is_temporary, pick_device
 
 # %% ../nbs/92_cli.ipynb #names

@@ -11,7 +11,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .config import PRESETS, DataConfig, OptimConfig, RunConfig, TrainConfig
+from .config import PRESETS
+from .settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from .core import UserError
 from .files import write_atomic
 from .data.documents import split_documents, stdlib_documents, topic_documents

@@ -3,8 +3,9 @@ DTensor has worked out last as long as their process."""
 import json, os, sys, traceback
 from dataclasses import replace
 import torch
-from llama_nb.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from llama_nb.config import load_run
+from llama_nb.config import ModelConfig
+from llama_nb.settings import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.dryrun import dry_step
 

@@ -2,7 +2,8 @@
 Skipped where there is no GPU."""
 from contextlib import contextmanager
 import pytest, torch
-from llama_nb.config import ModelConfig, OptimConfig
+from llama_nb.config import ModelConfig
+from llama_nb.settings import OptimConfig
 from llama_nb.model.kernels import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
 from llama_nb.model.chunked_loss import chunked_loss_sum

@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from llama_nb.config import ModelConfig, degrees, load_run
+from llama_nb.config import ModelConfig
+from llama_nb.settings import degrees
+from llama_nb.run_file import load_run
 from llama_nb.model import transformer
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.data import apply_data_parallel, materialize

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from llama_nb.config import ModelConfig, load_run
+from llama_nb.config import ModelConfig
+from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.data.loader import batch_borders
 from llama_nb.model import kernels

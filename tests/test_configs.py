@@ -2,7 +2,9 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import pytest
-from llama_nb.config import PRESETS, degrees, load_run
+from llama_nb.config import PRESETS
+from llama_nb.settings import degrees
+from llama_nb.run_file import load_run
 from llama_nb.scale.memory import memory_line, memory_per_rank
 from llama_nb.toy import toy_config
 from conftest import ENV, variant
@@ -55,7 +57,8 @@ BUILD = """
 import json, sys, torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from llama_nb.config import degrees, load_run
+from llama_nb.settings import degrees
+from llama_nb.run_file import load_run
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.data import apply_data_parallel
 from llama_nb.parallel.mesh import data_rank, make_mesh

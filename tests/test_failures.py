@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from conftest import ENV, ROOT, metrics, run_ranks
 from llama_nb import cli
-from llama_nb.config import load_run, setting_names
+from llama_nb.settings import setting_names
+from llama_nb.run_file import load_run
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh, processes
 from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size

@@ -108,7 +108,7 @@ def test_every_call_is_answered_as_before():
     assert errors >= 12 and calls - errors >= 15                   # the table asks for both
 
 def test_a_trainer_leaves_its_process_alone(run_file, monkeypatch):
-    from llama_nb.config import load_run
+    from llama_nb.run_file import load_run
     from llama_nb.train.trainer import fit, start_run
     def refuse(*args): raise AssertionError('a library changed its process')
     for name in ('keep_freed_memory', 'use_wide_matmul', 'prepare_host'):
@@ -140,7 +140,7 @@ def test_a_run_keeps_its_type(run_file, monkeypatch):
     "A run begun where bfloat16 is native goes on in it elsewhere, and says so"
     import torch
     from llama_nb import core
-    from llama_nb.config import load_run
+    from llama_nb.run_file import load_run
     from llama_nb.train import run
     from llama_nb.train.trainer import fit, start_run
     path, lines = run_file(3), []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from llama_nb.cli import main
-from llama_nb.config import load_run
+from llama_nb.run_file import load_run
 from llama_nb.files import file_digest
 from conftest import RUN, metrics, numbers, variant
 

@@ -3,7 +3,7 @@ import subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import ENV, ask
-from llama_nb.config import load_run
+from llama_nb.run_file import load_run
 from llama_nb.scale.dryrun import dry_run
 
 def worker(name, *arguments, **options): return ask('memory_worker.py', name, arguments, **options)

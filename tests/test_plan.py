@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 from llama_nb.cli import main
-from llama_nb.config import ModelConfig, PRESETS, degrees, load_run
+from llama_nb.config import PRESETS, ModelConfig
+from llama_nb.settings import degrees
+from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.scale.cluster import GPUS, Cluster, step_time
 from llama_nb.scale.layout import check_layout, fastest, fits, laid_out, layouts, peak_bytes, ways_out

@@ -1,7 +1,9 @@
 "Recompute modes inside the trainer, and under torch.compile: the same run, whatever is kept."
 import pytest, torch
 from conftest import variant
-from llama_nb.config import RECOMPUTE_MODES, ModelConfig, load_run
+from llama_nb.config import ModelConfig
+from llama_nb.settings import RECOMPUTE_MODES
+from llama_nb.run_file import load_run
 from llama_nb.train.loss import next_token_loss
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
 from llama_nb.train.trainer import start_run, train_step

@@ -69,9 +69,11 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 
 # --- imports point one way ----------------------------------------------------------------------
 
-GROUND = ['core', 'files', 'untrusted', 'config']
+GROUND = ['core', 'files', 'untrusted', 'config', 'settings', 'flags', 'run_file']
 BELOW = {'core': [], 'files': [], 'untrusted': ['core'], 'private': [],
-         'config': ['core', 'files', 'untrusted'], 'data': GROUND,
+         'config': ['core'], 'settings': ['core', 'config'],
+         'flags': ['core', 'config', 'settings'],
+         'run_file': ['core', 'files', 'untrusted', 'config', 'settings', 'flags'], 'data': GROUND,
          'model': [*GROUND, 'private']}
 BELOW['parallel'] = [*BELOW['model'], 'model']
 BELOW['scale'] = [*GROUND, 'model']                           # arithmetic on configurations

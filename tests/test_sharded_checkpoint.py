@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from conftest import run_ranks
 import llama_nb.train.sharded as pieces
-from llama_nb.config import ModelConfig, OptimConfig
+from llama_nb.config import ModelConfig
+from llama_nb.settings import OptimConfig
 from llama_nb.core import is_temporary
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.mesh import make_mesh

@@ -59,7 +59,7 @@ def looks_at(folder, call):
 
 def opening_worker(path, folder):
     "Open the data of a run as the trainer does; looks at files, and what was said"
-    from llama_nb.config import load_run
+    from llama_nb.run_file import load_run
     from llama_nb.core import UserError
     from llama_nb.parallel.mesh import on_all_ranks
     from llama_nb.train.trainer import open_data
@@ -129,7 +129,7 @@ def test_the_size_of_a_shard_is_a_setting(tmp_path, tokens, llama_nb):
 
 def test_a_file_server_that_fails_is_temporary(tmp_path, monkeypatch):
     "Exit codes follow the cause of what is raised: an input/output error may pass, a missing file not"
-    from llama_nb.config import load_run
+    from llama_nb.run_file import load_run
     from llama_nb.core import UserError, is_temporary
     from llama_nb.data.shards import TokenShards
     from llama_nb.data.tokenizer import Tokenizer

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llama_nb.config import PRESETS, load_run
+from llama_nb.config import PRESETS
+from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.data.documents import Document
 from llama_nb.data.loader import Loader
@@ -342,7 +343,7 @@ def test_a_model_that_this_machine_cannot_hold():
     "Said before anything is allocated"
     from dataclasses import replace
     from llama_nb.train.run import check_memory
-    from llama_nb.config import DataConfig, RunConfig, TrainConfig
+    from llama_nb.settings import DataConfig, RunConfig, TrainConfig
     cpu = torch.device('cpu')
     config = RunConfig('x', PRESETS['65B'], DataConfig('x', batch_size=64), TrainConfig(steps=9000))
     assert 'needs 1,045 GB per rank' in refused(lambda: check_memory(config, cpu, 1, 1))

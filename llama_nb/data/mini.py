@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 import tomli_w
-from ..config import PRESETS, read_toml
+from ..config import PRESETS
+from ..run_file import read_toml
 from ..core import UserError
 from .classify import (LANGUAGE_MODEL, FastTextRules, ReferenceRules, reference_examples,
                                     train_classifier)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import tomli_w
-from ..config import read_toml
+from ..run_file import read_toml
 from ..core import UserError, choose
 from .loader import Loader, Span, check_length, permute
 from .shards import TokenShards, read_across, token_dtype

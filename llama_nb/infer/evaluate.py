@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..config import RunConfig, load_run
+from ..settings import RunConfig
+from ..run_file import load_run
 from ..core import UserError, is_temporary, pick_device, pick_dtype
 from ..data.loader import batch_borders
 from ..data.mixture import Mixture, open_tokens

@@ -9,7 +9,8 @@ __all__ = ['run_folder', 'newest', 'load_model', 'open_run', 'named_or_newest']
 import math, sys
 from pathlib import Path
 import torch
-from ..config import ModelConfig, load_run
+from ..config import ModelConfig
+from ..run_file import load_run
 from ..core import UserError, pick_device
 from ..data.tokenizer import Tokenizer
 from ..model.transformer import LLaMA

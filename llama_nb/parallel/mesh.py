@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from ..config import ParallelConfig
+from ..settings import ParallelConfig
 from ..core import TemporaryError, UserError, is_temporary
 from ..private import set_group_timeout
 

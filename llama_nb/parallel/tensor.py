@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from ..config import check_tensor_degree
+from ..settings import check_tensor_degree
 from ..core import UserError, to_autocast
 from ..model.chunked_loss import sum_over_chunks
 from ..model.norm import rmsnorm

@@ -13,7 +13,7 @@ __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOS
 import csv, math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-from ..config import RunConfig, degrees
+from ..settings import RunConfig, degrees
 from ..core import UserError, choose
 
 # %% ../../nbs/81_scale.cluster.ipynb #gpu

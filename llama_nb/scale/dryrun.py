@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from ..config import RunConfig, degrees, load_run, take_flag
+from ..settings import RunConfig, degrees
+from ..flags import take_flag
+from ..run_file import load_run
 from ..core import UserError
 from ..data.mixture import text_facts
 from ..model import kernels, transformer

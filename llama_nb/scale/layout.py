@@ -9,7 +9,7 @@ __all__ = ['MODES', 'USABLE', 'divisors', 'laid_out', 'layouts', 'check_layout',
 import json, math
 from collections.abc import Iterator
 from dataclasses import replace
-from ..config import RunConfig, degrees
+from ..settings import RunConfig, degrees
 from ..core import UserError, choose
 from .cluster import GPUS, Cluster, step_time
 from .memory import memory_per_rank

@@ -7,7 +7,7 @@ __all__ = ['number_bytes', 'kept_bytes', 'memory_instants', 'memory_per_rank', '
            'host_bytes']
 
 # %% ../../nbs/80_scale.memory.ipynb #imports
-from ..config import RunConfig, degrees
+from ..settings import RunConfig, degrees
 from ..core import UserError
 
 # %% ../../nbs/80_scale.memory.ipynb #kept-bytes

@@ -11,8 +11,10 @@ import json, re
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from ..config import (PRESETS, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig,
-                             check_fields, degrees, dump_run, load_run, parse_flags, read_toml, setting)
+from ..config import PRESETS, ModelConfig, check_fields, setting
+from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig, degrees
+from ..flags import parse_flags
+from ..run_file import dump_run, load_run, read_toml
 from ..core import UserError, choose
 from ..files import replacing, write_atomic
 from .cluster import GPUS, Cluster, step_time
@@ -141,7 +143,7 @@ def _failures(run, cluster, cost, step, saving, interval):
 
 # %% ../../nbs/85_scale.plan.ipynb #places
 PLACES = {   # what a plan says -> page, section
-    'model': ('01_config', 'Counting parameters'), 'layout': ('01_config', 'Degrees of parallelism'),
+    'model': ('01_config', 'Counting parameters'), 'layout': ('02_settings', 'Degrees of parallelism'),
     'cluster': ('81_scale.cluster', 'The hardware, as data'),
     'micro_batch': ('52_parallel.data', 'Gradient accumulation'),
     'recompute': ('42_train.recompute', 'What it saves, and what it costs'),

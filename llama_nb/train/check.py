@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ..config import RunConfig, degrees
+from ..settings import RunConfig, degrees
 from ..core import UserError
 from ..scale.layout import USABLE
 from ..scale.memory import memory_line, memory_per_rank

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
-from ..config import RunConfig
+from ..settings import RunConfig
 from ..core import UserError
 from ..files import write_atomic
 from ..scale.flops import device_peak

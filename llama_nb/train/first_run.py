@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 import tomli_w, torch
-from ..config import PRESETS, DataConfig, OptimConfig, RunConfig, TrainConfig, batch_for
+from ..config import PRESETS
+from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig
+from ..run_file import batch_for
 from ..core import UserError, choose, pick_device, pick_dtype
 from ..data.mixture import open_tokens
 from ..files import write_atomic

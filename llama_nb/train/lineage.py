@@ -11,8 +11,10 @@ import json, os, shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 import tomli_w, torch
-from ..config import LATE_SETTINGS, ModelConfig, RunConfig, changes, differences, load_run, named_step
-from ..config import read_origin, read_toml
+from ..config import ModelConfig
+from ..settings import LATE_SETTINGS, RunConfig, changes, differences
+from ..run_file import load_run, named_step
+from ..run_file import read_origin, read_toml
 from ..core import UserError
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer

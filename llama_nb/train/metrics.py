@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from ..config import RunConfig
+from ..settings import RunConfig
 from ..core import UserError
 from ..files import write_atomic
 from ..untrusted import Count, open_regular

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
-from ..config import OptimConfig
+from ..settings import OptimConfig
 from ..core import UserError, choose
 
 # %% ../../nbs/31_train.optim.ipynb #make-optimizer

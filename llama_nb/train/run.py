@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
-from ..config import RunConfig, degrees, dump_run, load_run, read_origin
+from ..settings import RunConfig, degrees
+from ..run_file import dump_run, load_run, read_origin
 from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state, shift_after
 from ..data.mixture import make_loader, open_tokens
