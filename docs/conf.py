@@ -44,6 +44,7 @@ html_copy_source = False
 html_theme_options = {
     'show_toc_level': 2,
     'max_navbar_depth': 2,            # parts, pages; modules below the index
+    'collapse_navbar': True,          # the modules only where one reads of them
     'navbar_persistent': [],          # the search is in the side bar
     'use_download_button': False,
 }
