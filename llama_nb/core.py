@@ -26,7 +26,8 @@ def _nearest(name:str, names:list[str])->str|None: # None if nothing is like it
     "The name that somebody probably meant"
     last = name.rsplit('.')[-1]
     same_end = [n for n in names if '.' in n and n.rsplit('.')[-1] == last]
-    near = same_end or get_close_matches(name, names, n=1, cutoff=0.5)
+    begun = [n for n in names if len(name) > 1 and n.casefold().startswith(name.casefold())]
+    near = same_end or begun or get_close_matches(name, names, n=1, cutoff=0.5)
     return near[0] if near else None
 
 def choose(table:dict, # what there is, by name
