@@ -2,7 +2,7 @@
 import sys
 from pathlib import Path
 import pytest, torch
-from conftest import run_ranks
+from conftest import run_ranks, variant
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import parity
@@ -16,8 +16,9 @@ ONCE = [(2, 'HSDP'), (2, 'TP'), (4, 'FSDP'), (4, 'HSDP'), (4, 'TP'), (4, 'TP+SP'
 MATRIX = ([(n, case(name, mode)) for n, name in ALL for mode in parity.MODES]
           + [(n, case(name, 'linear')) for n, name in ONCE])
 UNEQUAL = [(4, case(name, model='odd')) for name in ('FSDP', 'HSDP', 'FSDP x TP+SP')]
-COMPILED = [(2, case('TP+SP', 'linear', compiler='aot_eager')), (2, case('FSDP', compiler='aot_eager')),
-            (4, case('FSDP x TP+SP', compiler='aot_eager'))]
+COMPILED = [(2, case('TP+SP', 'linear', compiler='aot_eager'))]
+FURTHER = [variant(2, case('FSDP', compiler='aot_eager')),
+           variant(4, case('FSDP x TP+SP', compiler='aot_eager'))]
 STEPS = 3   # the third is made with weights and moments that two updates have changed
 MEAN = [(2, case('FSDP', factor=.5))]
 NARROW = [(4, case(name, dtype='bfloat16')) for name in ('FSDP', 'FSDP x TP+SP')]
@@ -49,6 +50,11 @@ def check(errors):
 @pytest.mark.parametrize('n, which', MATRIX + UNEQUAL + COMPILED)
 def test_as_one_process(measured, n, which):
     for errors in measured[n, which]: check(errors)
+
+@pytest.mark.parametrize('n, which', FURTHER)
+def test_compiled_as_one_process(folder, n, which):
+    options = {'folder': str(folder), 'cases': [which], 'steps': STEPS}
+    for errors in run_ranks('parity:measure', n, options, timeout=300): check(errors[0])
 
 @pytest.mark.parametrize('mode', parity.MODES)
 def test_recompute_and_accumulation_alone(folder, mode):
