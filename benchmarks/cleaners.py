@@ -1,16 +1,18 @@
-"""The cleaners of RedPajama's first release beside ours, on the raw files of the mini corpus.
+"""Cleaners that others wrote beside ours, on the raw files of the mini corpus.
 
     git clone -b rp_v1 https://github.com/togethercomputer/RedPajama-Data    # Apache-2.0
-    pip install -e '.[data]' beautifulsoup4
+    pip install -e '.[data]' beautifulsoup4 datatrove orjson spacy 'xxhash<4'
     llama-nb data mini runs/mini
-    python benchmarks/redpajama.py RedPajama-Data runs/mini
+    python benchmarks/cleaners.py RedPajama-Data runs/mini
 
-For three sources RedPajama has functions from a text to a text: ArXiv, GitHub (headers) and Stack Exchange.
-Each runs unchanged, on the very texts that our reader gives; ours runs with the preset `redpajama`, which
-promises the same, and with `paper`. One process, one thread; turns in a changing order, medians of processor
-time, in MB (10^6 bytes) of input a second. The table goes into redpajama.md.
+For three sources RedPajama's first release has functions from a text to a text: ArXiv, GitHub (headers) and
+Stack Exchange; datatrove has the rules of C4 as its article gives them. Each runs unchanged, on the texts
+that our reader gives; ours runs with the settings that promise the same, and with the preset `paper`. One
+process, one thread; turns in a changing order, medians of processor time, in MB (10^6 bytes) of input a
+second. The table goes into cleaners.md.
 """
 import contextlib, importlib, io, json, os, platform, sys, tempfile, time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,15 +63,26 @@ def stackexchange_of(folder:Path):
         return theirs.process_qa_pair(pair)['text']
     return clean
 
+def c4_of(_):
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import C4QualityFilter
+    rules = C4QualityFilter()
+    def clean(doc):
+        copy = Document(text=doc.text, id=doc.id)
+        return copy.text if rules.filter(copy) is True else ''
+    return clean
+
 # --- ours -------------------------------------------------------------------------------------------
 
+ARTICLE = {'min_words': 3, 'min_sentences': 5, 'end_marks': '.?!"\''}      # as datatrove reads it
+
 def ours(source:str, name:str):
-    from llama_nb.data import arxiv, github, stackexchange
+    from llama_nb.data import arxiv, c4, github, stackexchange
     from llama_nb.data.stage import preset
     rules, clean = {'arxiv': (arxiv.ArxivRules, arxiv.clean_arxiv),
                     'stackexchange': (stackexchange.StackexchangeRules, stackexchange.clean_stackexchange),
-                    'github': (github.GithubRules, None)}[source]
-    rules = preset(rules, name)
+                    'c4': (c4.C4Rules, c4.clean_c4), 'github': (github.GithubRules, None)}[source]
+    rules = rules(**ARTICLE) if name == 'article' else preset(rules, name)
     if source == 'github': return lambda doc: github.HEADERS[rules.header](doc.text, doc.metadata['path'])
     def text_of(doc):
         found, _ = clean(doc, rules)
@@ -77,30 +90,33 @@ def ours(source:str, name:str):
     return text_of
 
 def documents(corpus:Path, source:str)->list:
-    from llama_nb.data import arxiv, github, stackexchange
+    from llama_nb.data import arxiv, documents, github, stackexchange
     from llama_nb.data.corpus import find_files
     from llama_nb.data.stage import Tally
-    read = {'arxiv': arxiv.read_arxiv, 'github': github.read_project,
+    read = {'arxiv': arxiv.read_arxiv, 'c4': documents.read_jsonl, 'github': github.read_project,
             'stackexchange': stackexchange.read_stackexchange}[source]
     paths = find_files(source, [corpus/'raw'/source]).values()
     return [doc for path in paths for doc in read(path, Tally().problem)]
 
 # --- the comparison ---------------------------------------------------------------------------------
 
-SOURCES = {'arxiv': arxiv_of, 'github': github_of, 'stackexchange': stackexchange_of}
+# whose, how, and which settings of ours promise the same
+SOURCES = {'arxiv': ('RedPajama', arxiv_of, 'redpajama'), 'c4': ('datatrove', c4_of, 'article'),
+           'github': ('RedPajama', github_of, 'redpajama'),
+           'stackexchange': ('RedPajama', stackexchange_of, 'redpajama')}
 
 def same(a:str, b:str)->bool: return a.strip() == b.strip()         # a document of ours ends in one new line
 
 def compare(folder:Path, corpus:Path, source:str)->dict:
-    docs = documents(corpus, source)
-    cleaners = {'RedPajama': SOURCES[source](folder), 'llama_nb, redpajama': ours(source, 'redpajama'),
+    docs, (who, theirs, settings) = documents(corpus, source), SOURCES[source]
+    cleaners = {who: theirs(folder), f'llama_nb, {settings}': ours(source, settings),
                 'llama_nb, paper': ours(source, 'paper')}
     def run(clean): return lambda: [clean(doc) for doc in docs]
     texts = {name: run(clean)() for name, clean in cleaners.items()}
     megabytes = sum(len(doc.text.encode()) for doc in docs)/1e6
     with contextlib.redirect_stdout(io.StringIO()):                 # they print a line for each
         speed = contest({name: run(clean) for name, clean in cleaners.items()}, megabytes, 5)
-    first, second = texts['RedPajama'], texts['llama_nb, redpajama']
+    first, second, _ = texts.values()
     differ = [doc.id for doc, a, b in zip(docs, first, second) if not same(a, b)]
     print(source, len(docs), 'differ:', differ[:5])
     return {'source': source, 'documents': len(docs), 'megabytes': megabytes, 'differ': len(differ),
@@ -108,7 +124,7 @@ def compare(folder:Path, corpus:Path, source:str)->dict:
                       speed[name]) for name, found in texts.items()]}
 
 def render(about:str, found:list[dict])->str:
-    lines = [f'# RedPajama\'s cleaners beside ours\n\n{about}\n',
+    lines = [f'# Cleaners of others beside ours\n\n{about}\n',
              '| source | cleaner | documents in | kept | MB in | MB out | MB a second |',
              '|---|---|---|---|---|---|---|']
     for each in found:
@@ -116,16 +132,17 @@ def render(about:str, found:list[dict])->str:
         lines += [f'| {each["source"]} | {name} | {given} | {kept:,} | {each["megabytes"]:.2f} | {out:.2f} | '
                   f'{rate:.2f} |' for name, kept, out, rate in each['rows']]
     differ = ', '.join(f'{each["differ"]} of {each["documents"]:,} ({each["source"]})' for each in found)
-    lines.append('\nTexts in which RedPajama and the preset `redpajama` differ, but for white space at the '
-                 f'ends: {differ}.')
+    lines.append('\nTexts in which the other and our settings that promise the same differ, but for white '
+                 f'space at the ends: {differ}.')
     return '\n'.join(lines) + '\n'
 
 def main(folder:Path, corpus:Path):
     from train_step import cpu_name
     found = [compare(folder, corpus, source) for source in SOURCES]
     about = (f'Measured {time.strftime("%Y-%m-%d")} on {cpu_name()}, one thread, Python '
-             f'{platform.python_version()}, by `python benchmarks/redpajama.py` on the raw files of '
-             '`llama-nb data mini`; medians of 5 turns, processor time.')
-    (HERE/'redpajama.md').write_text(render(about, found))
+             f'{platform.python_version()}, datatrove {version("datatrove")}, by '
+             '`python benchmarks/cleaners.py` on the raw files of `llama-nb data mini`; medians of 5 turns, '
+             'processor time.')
+    (HERE/'cleaners.md').write_text(render(about, found))
 
 if __name__ == '__main__': main(*map(Path, sys.argv[1:3]))
