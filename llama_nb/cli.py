@@ -121,7 +121,7 @@ def print_reading(reading):
 class Data:
     "Tokenise text into shards: OUT/train, and OUT/held_out for validation"
     out:tyro.conf.Positional[str]    # folder for both; the same command goes on where it was interrupted
-    tokenizer:str                    # SentencePiece model file
+    tokenizer:str                    # SentencePiece model file, or a tokenizer.json of Hugging Face
     sources:tyro.conf.Positional[tuple[str, ...]]=() # files, folders, patterns, - (standard input), python
     text_key:str='text'              # what holds the text: a key of JSON lines, a column of a table
     skip_bad:tyro.conf.UseCounterAction[int]=0       # leave out what cannot be read, and say what
@@ -169,10 +169,10 @@ def print_shards(shards):
 class Ids:
     "Make shards of token ids that another program has written: .npy, or .bin with --dtype"
     out:tyro.conf.Positional[str]    # folder for train and held_out; must not hold them yet
-    separator:int                    # id between documents; it ends them, or begins them if it is the first
+    separator:int=setting(zero=True) # id between documents; it ends them, or begins them if it is the first
     files:tyro.conf.Positional[tuple[str, ...]]=() # in the order of the tokens
     dtype:str=''                     # of the numbers in .bin files: uint16, uint32, int32, ...
-    tokenizer:str=''                 # SentencePiece model that made them; without it the next two
+    tokenizer:str=''                 # model or tokenizer.json that made them; without it the next two
     vocab_size:int=setting(0, zero=True, max=2**24)      # ids are below this
     bytes_per_token:float=setting(0., zero=True)         # of the text, on average; bits per byte need it
     held_out:float=0.05              # fraction of the documents that is kept for validation
