@@ -6,7 +6,8 @@
 __all__ = ['RunName', 'OutName', 'NewFile', 'SourceName', 'TokensName', 'Paths', 'FileName', 'PYTHON', 'COMMANDS', 'TEMPORARY',
            'Toy', 'refuse_existing', 'check_sources', 'TokenizerCommand', 'print_reading', 'Data', 'print_shards',
            'Ids', 'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'Init', 'train',
-           'read_prompts', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main', 'program']
+           'read_prompts', 'hint_at_spaces', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main',
+           'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import json, os, sys
@@ -422,12 +423,19 @@ def read_prompts(path:str # of a file; `-` is standard input
     if prompts: return prompts
     raise UserError(f'{path} has no prompts; write one per line')
 
+def hint_at_spaces(prompts:list[str]):
+    "A line on standard error if one of them ends in a space"
+    found = next((text for text in prompts if text.endswith(' ')), None)
+    if found is None: return
+    print(f'llama-nb: hint: the prompt {found!r} ends in a space, which belongs to the token of the next '
+          'word; leave it out', file=sys.stderr)
+
 # %% ../nbs/92_cli.ipynb #generate-command
 @dataclass(frozen=True)
 class Generate:
     "Continue prompts with the model of a run"
     folder:RunName                                      # run folder, as runs/toy, or a checkpoint's in it
-    prompt:tuple[str, ...]=()                           # texts to continue; without any: 'def '
+    prompt:tuple[str, ...]=()                           # texts to continue; without any: 'def'
     prompts:FileName=''                                 # file with a prompt per line; - is standard input
     n:int=setting(1, max=2**20)                         # samples of each prompt
     max_new_tokens:int=100                              # most tokens to generate
@@ -445,8 +453,9 @@ class Generate:
 
     def run(self)->int: # exit code
         from llama_nb.infer.load import open_run
-        texts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())] or ['def ']
+        texts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())] or ['def']
         model, tokenizer = open_run(self.folder, self.device)
+        hint_at_spaces(texts)
         if len(texts) == self.n == 1 and not self.json:
             self.stream(model, tokenizer, texts[0])
         else:
