@@ -560,7 +560,7 @@ class PlanCommand:
 
     def run(self)->int: # exit code: 0 if it fits, 1 if not
         from llama_nb.scale.plan import answer
-        return answer(self)
+        return answer(self, _text_facts)
 
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,
