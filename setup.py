@@ -19,6 +19,9 @@ data = cfg['data_requirements'].split()
 # Parquet files as a source of text: 50 MB, so it is no part of `data`
 parquet = cfg['parquet_requirements'].split()
 
+# A tokenizer.json in the place of a SentencePiece model
+huggingface = cfg['huggingface_requirements'].split()
+
 # Cleaning under Slurm or Ray, and from addresses
 cluster = data + cfg['cluster_requirements'].split()
 
@@ -27,7 +30,7 @@ wandb = cfg['wandb_requirements'].split()
 
 # The site is part of `test`, so that a link or a formula that breaks is seen; `dev` is for who edits pages
 docs = cfg['docs_requirements'].split()
-test = cfg['test_requirements'].split() + docs + data + parquet + wandb
+test = cfg['test_requirements'].split() + docs + data + parquet + huggingface + wandb
 dev = cfg['dev_requirements'].split() + test
 
 setup(
@@ -47,7 +50,7 @@ setup(
     package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split() + linux_x86,
     extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'parquet': parquet,
-                    'cluster': cluster, 'wandb': wandb},
+                    'huggingface': huggingface, 'cluster': cluster, 'wandb': wandb},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,

@@ -6,7 +6,8 @@
 __all__ = ['RunName', 'OutName', 'NewFile', 'SourceName', 'TokensName', 'Paths', 'FileName', 'PYTHON', 'COMMANDS', 'TEMPORARY',
            'Toy', 'refuse_existing', 'check_sources', 'TokenizerCommand', 'print_reading', 'Data', 'print_shards',
            'Ids', 'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini', 'Init', 'train',
-           'read_prompts', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main', 'program']
+           'read_prompts', 'hint_at_spaces', 'Generate', 'Eval', 'Convert', 'PlanCommand', 'usage', 'dispatch', 'main',
+           'program']
 
 # %% ../nbs/92_cli.ipynb #imports
 import json, os, sys
@@ -121,7 +122,7 @@ def print_reading(reading):
 class Data:
     "Tokenise text into shards: OUT/train, and OUT/held_out for validation"
     out:tyro.conf.Positional[str]    # folder for both; the same command goes on where it was interrupted
-    tokenizer:str                    # SentencePiece model file
+    tokenizer:str                    # SentencePiece model file, or a tokenizer.json of Hugging Face
     sources:tyro.conf.Positional[tuple[str, ...]]=() # files, folders, patterns, - (standard input), python
     text_key:str='text'              # what holds the text: a key of JSON lines, a column of a table
     skip_bad:tyro.conf.UseCounterAction[int]=0       # leave out what cannot be read, and say what
@@ -169,10 +170,10 @@ def print_shards(shards):
 class Ids:
     "Make shards of token ids that another program has written: .npy, or .bin with --dtype"
     out:tyro.conf.Positional[str]    # folder for train and held_out; must not hold them yet
-    separator:int                    # id between documents; it ends them, or begins them if it is the first
+    separator:int=setting(zero=True) # id between documents; it ends them, or begins them if it is the first
     files:tyro.conf.Positional[tuple[str, ...]]=() # in the order of the tokens
     dtype:str=''                     # of the numbers in .bin files: uint16, uint32, int32, ...
-    tokenizer:str=''                 # SentencePiece model that made them; without it the next two
+    tokenizer:str=''                 # model or tokenizer.json that made them; without it the next two
     vocab_size:int=setting(0, zero=True, max=2**24)      # ids are below this
     bytes_per_token:float=setting(0., zero=True)         # of the text, on average; bits per byte need it
     held_out:float=0.05              # fraction of the documents that is kept for validation
@@ -422,12 +423,19 @@ def read_prompts(path:str # of a file; `-` is standard input
     if prompts: return prompts
     raise UserError(f'{path} has no prompts; write one per line')
 
+def hint_at_spaces(prompts:list[str]):
+    "A line on standard error if one of them ends in a space"
+    found = next((text for text in prompts if text.endswith(' ')), None)
+    if found is None: return
+    print(f'llama-nb: hint: the prompt {found!r} ends in a space, which belongs to the token of the next '
+          'word; leave it out', file=sys.stderr)
+
 # %% ../nbs/92_cli.ipynb #generate-command
 @dataclass(frozen=True)
 class Generate:
     "Continue prompts with the model of a run"
     folder:RunName                                      # run folder, as runs/toy, or a checkpoint's in it
-    prompt:tuple[str, ...]=()                           # texts to continue; without any: 'def '
+    prompt:tuple[str, ...]=()                           # texts to continue; without any: 'def'
     prompts:FileName=''                                 # file with a prompt per line; - is standard input
     n:int=setting(1, max=2**20)                         # samples of each prompt
     max_new_tokens:int=100                              # most tokens to generate
@@ -445,8 +453,9 @@ class Generate:
 
     def run(self)->int: # exit code
         from llama_nb.infer.load import open_run
-        texts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())] or ['def ']
+        texts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())] or ['def']
         model, tokenizer = open_run(self.folder, self.device)
+        hint_at_spaces(texts)
         if len(texts) == self.n == 1 and not self.json:
             self.stream(model, tokenizer, texts[0])
         else:
@@ -551,7 +560,7 @@ class PlanCommand:
 
     def run(self)->int: # exit code: 0 if it fits, 1 if not
         from llama_nb.scale.plan import answer
-        return answer(self)
+        return answer(self, _text_facts)
 
 # %% ../nbs/92_cli.ipynb #dispatch
 COMMANDS = {'toy': Toy, 'tokenizer': TokenizerCommand, 'data': Data, 'data clean': Clean,

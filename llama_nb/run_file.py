@@ -127,14 +127,14 @@ FOLLOWS = {'model.vocab_size': 'that of the text',
            'optim.warmup_steps': 'a tenth of train.steps, at most 2000'}
 
 def _following(given:dict,       # dotted keys -> numbers or text
-               read_text:Callable|None, # data.train -> size of its vocabulary, number of its tokens
+               read_text:Callable|None, # data.train -> size of its vocabulary, number of its tokens, or None
               )->dict:
     "What is not given and follows something"
     begun = _begun(given.get('out', ''))
     def number(name, default): return _whole(given.get(name, begun.get(name, default)), default)
     text = {'model.vocab_size', 'data.batch_size'} - given.keys() - begun.keys()
-    seen = read_text and text and given.get('data.train')
-    vocabulary, tokens = read_text(given['data.train']) if seen else (None, 2**40)
+    seen = read_text and text and given.get('data.train') and read_text(given['data.train'])
+    vocabulary, tokens = seen or (None, 2**40)
     seq_len = number('data.seq_len', number('model.max_seq_len', 2048))
     batch = batch_for(4*tokens, seq_len, number('train.micro_batch_size', 1))
     found = {'data.seq_len': seq_len, 'data.batch_size': batch,
@@ -159,7 +159,7 @@ def _whole(value, default:int)->int:
 # %% ../nbs/04_run_file.ipynb #load-run
 def load_run(path='',  # a TOML file, the folder of a run, or nothing
              args=(),  # command-line settings: '--train.steps', '100', ...
-             read_text:Callable|None=None, # of data.train: vocabulary, tokens; for what follows the text
+             read_text:Callable|None=None, # of data.train: vocabulary, tokens, or None; see `FOLLOWS`
             )->RunConfig:
     "Read a run's configuration; `args` win. Raises `UserError` for an unknown key or a wrong value"
     preset, args = _take_preset(args)

@@ -134,7 +134,7 @@ def prepare_mini(out, vocab_size:int, report=print)->tuple[Tokenizer, float]: # 
     return Tokenizer(mixture.tokenizer_path), zlib_bits_per_byte(d.text for docs in held_out for d in docs)
 
 # %% ../nbs/34_toy.ipynb #write-samples
-PROMPTS = ('def ', 'class ', 'import ', 'for i in range(', 'The ')
+PROMPTS = ('def', 'class Reader', 'import os', 'for i in range(', 'The first')
 
 def write_samples(model,
                   tokenizer:Tokenizer,

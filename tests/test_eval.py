@@ -135,6 +135,7 @@ def test_samples_depend_on_seed_and_prompt_alone(run, llama_nb):
         code, out, err = llama_nb('generate', run, '--max-new-tokens', '12', '--device', 'cpu', '--json',
                                   *args)
         assert code == 0, err
+        assert ("hint: the prompt 'x = ' ends in a space" in err) == ('x = ' in args) and err.count('\n') <= 1
         return [json.loads(line) for line in out.splitlines()]
     many = samples('--seed', '1', '--prompt', 'class', 'x = ', '--n', '20')        # more than a batch
     assert [(row['prompt'], row['sample']) for row in many] == [(p, i) for p in ('class', 'x = ')

@@ -8,6 +8,7 @@ from llama_nb.config import PRESETS, ModelConfig
 from llama_nb.settings import degrees
 from llama_nb.run_file import load_run
 from llama_nb.core import UserError
+from llama_nb.data.mixture import text_facts
 from llama_nb.scale.cluster import GPUS, Cluster, step_time
 from llama_nb.scale.layout import check_layout, fastest, fits, laid_out, layouts, peak_bytes, ways_out
 from llama_nb.scale.memory import memory_per_rank
@@ -125,7 +126,8 @@ def test_by_how_much_it_does_not_fit(ask):
 # --- the plan -----------------------------------------------------------------------------------
 
 LAYOUT = 'replicate shard tensor micro_batch micro_batches recompute'
-KEYS = {'model': 'parameters seq_len batch_tokens', 'layout': LAYOUT, 'fastest': f'{LAYOUT} seconds',
+KEYS = {'model': 'parameters vocab_size seq_len batch_tokens text_not_here',
+        'layout': LAYOUT, 'fastest': f'{LAYOUT} seconds',
         'cluster': 'gpu gpus gpus_per_node network stack watts',
         'memory': 'parts total limit card fits spare', 'step': 'seconds parts tokens_per_second_per_gpu mfu',
         'run': 'tokens steps days gpu_hours energy_mwh carbon_tons',
@@ -176,6 +178,27 @@ def test_a_run_file_keeps_its_layout_and_flags_change_it(ask):
     assert changed == layout | {'micro_batch': 4, 'micro_batches': 2, 'recompute': 'full'}
     shorter = json.loads(ask(path, '--tokens', '700B', '--json')[1])['run']['steps']
     assert shorter == own.train.steps//2 == 7*10**11//2**22
+
+SHORT = 'out = "run"\nmodel.preset = "25M"\ndata.train = "{}"\ntrain.steps = 1000\n'
+
+def test_what_follows_the_text_follows_it_in_a_plan_or_is_said_to_be_a_default(ask, tokens, tmp_path):
+    path, cluster = tmp_path/'run.toml', ['--gpus', 1, '--json']
+    path.write_text(SHORT.format((tokens/'train').as_posix()))
+    trained = load_run(path, read_text=text_facts)          # what `train` takes
+    model = json.loads(ask(path, *cluster)[1])['model']
+    assert (model['vocab_size'], model['text_not_here']) == (400, None) and trained.model.vocab_size == 400
+    assert model['parameters'] == trained.model.n_params
+    assert model['batch_tokens'] == trained.data.batch_size*trained.data.seq_len < 2**19
+    assert 'not here' not in ask(path, *cluster[:2])[1]
+    path.write_text(SHORT.format('tokens/far'))
+    code, out, err = ask(path, *cluster, '--suggest', tmp_path/'best.toml')
+    model = json.loads(out)['model']
+    assert (code, err, model['text_not_here'], model['vocab_size']) == (0, '', 'tokens/far', 8192)
+    assert model['batch_tokens'] == 2**19
+    for said in (ask(path, *cluster[:2])[1], (tmp_path/'best.toml').read_text()):
+        assert 'tokens/far; if not given, vocabulary 8,192 and batch are defaults' in said
+    path.write_text(SHORT.format('tokens/far') + 'model.vocab_size = 500\ndata.batch_size = 8\n')
+    assert json.loads(ask(path, *cluster)[1])['model']['text_not_here'] is None      # nothing is left open
 
 # --- files --------------------------------------------------------------------------------------
 

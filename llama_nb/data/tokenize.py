@@ -17,7 +17,6 @@ from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 import numpy as np
-import sentencepiece
 from tqdm.auto import tqdm
 import llama_nb
 from ..core import TemporaryError, UserError, is_temporary
@@ -484,7 +483,7 @@ def _claim(out:Path, job:TokenJob, files:list, redo:bool)->str: # digest of the 
     if published and not (out/'job.json').exists():
         raise UserError(f'{published[0]} is there already; remove it or choose another folder')
     code = [describe(f)['code'] for f in (work_units, read_stream, document_tokens)]
-    versions = {'llama_nb': llama_nb.__version__, 'sentencepiece': sentencepiece.__version__}
+    versions = {'llama_nb': llama_nb.__version__, **_tokenizer(job).versions}
     about = {**asdict(job), 'versions': versions, 'code': code, 'files': [name for name, _ in files]}
     for known in ('tokenizer', 'skip_bad'): del about[known]      # see its digest, and `_check_whole`
     return claim_folder(out, about, ('work', 'records'), redo and not published)

@@ -49,11 +49,14 @@ FOREIGN = b'llama_nb: token ids of a tokenizer that is not here\n'    # begins w
 
 MODEL_BYTES = 2**28     # most of a model file; LLaMA's has half a million
 
-def _open_model(path:Path, data:bytes)->sentencepiece.SentencePieceProcessor:
+def _open_model(path:Path, data:bytes): # a SentencePieceProcessor, or what has its methods
     "The model in `data`. Raises `UserError` if it is none"
     if data.startswith(FOREIGN):
         raise UserError(f'{path} is a note: the ids were made by a tokenizer that is not here; '
                         'decode the ids with that one')
+    if data.startswith(b'{'):                               # JSON
+        from llama_nb.data.tokenizer_json import JsonModel
+        return JsonModel(path, data)
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, UnicodeDecodeError):              # the latter from a name within it
@@ -74,7 +77,7 @@ def _check_unicode(text:str):
 
 # %% ../../nbs/10_data.tokenizer.ipynb #tokenizer
 class Tokenizer:
-    "A SentencePiece model. Raises `UserError` for a file that is not one"
+    "A SentencePiece model, or a `tokenizer.json`. Raises `UserError` for a file that is neither"
     def __init__(self, path):
         self.path = Path(path)
         try:
@@ -86,6 +89,7 @@ class Tokenizer:
         self.vocab_size = sp.vocab_size()
         self.unk_id, self.bos_id = sp.unk_id(), sp.bos_id()
         self.eos_id, self.pad_id = sp.eos_id(), sp.pad_id()
+        self.versions = getattr(sp, 'versions', {'sentencepiece': sentencepiece.__version__})
 
     def encode(self,
                text:str,

@@ -428,8 +428,8 @@ def dry_run_command(args:list[str])->int: # exit code
                         'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
     return 0
 
-def _text_facts(path)->tuple: # vocabulary, tokens; what is supposed of a text that is not here
-    return text_facts(path) if Path(path).exists() else (None, 2**40)
+def _text_facts(path)->tuple|None: # vocabulary, tokens; None for a text that is not here
+    return text_facts(path) if Path(path).exists() else None
 
 def _data_line(config:RunConfig)->str:
     "What the run would read, if it is here"

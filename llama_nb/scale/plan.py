@@ -8,6 +8,7 @@ __all__ = ['PLACES', 'whole_number', 'model_named', 'sized', 'model_run', 'Assum
 
 # %% ../../nbs/85_scale.plan.ipynb #imports
 import json, re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -143,7 +144,8 @@ def _failures(run, cluster, cost, step, saving, interval):
 
 # %% ../../nbs/85_scale.plan.ipynb #places
 PLACES = {   # what a plan says -> page, section
-    'model': ('01_config', 'Counting parameters'), 'layout': ('02_settings', 'Degrees of parallelism'),
+    'model': ('01_config', 'Counting parameters'), 'text': ('04_run_file', 'Defaults that follow'),
+    'layout': ('02_settings', 'Degrees of parallelism'),
     'cluster': ('81_scale.cluster', 'The hardware, as data'),
     'micro_batch': ('52_parallel.data', 'Gradient accumulation'),
     'recompute': ('42_train.recompute', 'What it saves, and what it costs'),
@@ -161,6 +163,7 @@ PLACES = {   # what a plan says -> page, section
 # %% ../../nbs/85_scale.plan.ipynb #plan
 def plan(run:RunConfig, cluster:Cluster, assumed:Assumptions=Assumptions(),
          best:RunConfig|None=None, # the fastest layout that fits, to compare with
+         missing:str='',           # text that is not here, for which defaults stand
         )->dict: # numbers in bytes, seconds and the units that the keys name
     "What a run takes. Raises `UserError` for a layout that does not divide"
     check_layout(run, cluster.gpus)
@@ -168,8 +171,9 @@ def plan(run:RunConfig, cluster:Cluster, assumed:Assumptions=Assumptions(),
     cost, checkpoint = _cost(run, cluster, step, assumed), _checkpoint(run, step, saving)
     memory = _memory(run, cluster)
     speed = {'tokens_per_second_per_gpu': step.tokens_per_second_per_gpu, 'mfu': step.mfu}
-    batch = run.data.batch_size*run.data.seq_len
-    return {'model': {'parameters': run.model.n_params, 'seq_len': run.data.seq_len, 'batch_tokens': batch},
+    model = {'parameters': run.model.n_params, 'vocab_size': run.model.vocab_size,
+             'seq_len': run.data.seq_len, 'batch_tokens': run.data.batch_size*run.data.seq_len}
+    return {'model': model | {'text_not_here': missing or None},
             'cluster': asdict(cluster) | {'gpu': cluster.gpu.name, 'watts': cluster.gpu.watts},
             'layout': _layout(run, gpus), 'memory': memory,
             'ways_out': [] if memory['fits'] else ways_out(run, cluster, best),
@@ -184,11 +188,15 @@ def _gb(size:float)->str: return f'{size/1e9:,.2f} GB'
 
 def _shape_words(layout): return f'{layout["replicate"]} x {layout["shard"]} x {layout["tensor"]}'
 
+def _default_words(m):
+    return f'{m["text_not_here"]}; if not given, vocabulary {m["vocab_size"]:,} and batch are defaults'
+
 def _head_rows(p):
     c, m, layout = p['cluster'], p['model'], p['layout']
     network = f'{c["gpus_per_node"]} per machine, {c["network"]*8e-9:g} Gbit/s each, {c["stack"]}'
     yield 'Run', '', ''
     yield 'parameters', f'{m["parameters"]:,}', 'model'
+    if m['text_not_here']: yield 'text, not here', _default_words(m), 'text'
     yield 'batch', f'{m["batch_tokens"]:,} tokens in sequences of {m["seq_len"]:,}', 'model'
     yield 'GPUs', f'{c["gpus"]:,} {c["gpu"]}, {network}', 'cluster'
     yield 'replicate x shard x tensor', _shape_words(layout), 'layout'
@@ -296,13 +304,19 @@ def suggestion(run:RunConfig, cluster:Cluster, p:dict # the plan of `run`
             f'{cluster.gpus_per_node} per machine.',
             f'Predicted: {s["seconds"]:.3f} s per step, {speed}, {r["days"]:,.1f} days.',
             f'Memory of a GPU: {memory_line(run, cluster.gpus)}.']
+    if p['model']['text_not_here']: head.append(f'Not here: {_default_words(p["model"])}.')
     return ''.join(f'# {line}\n' for line in head) + dump_run(replace(run, train=train))
 
 # %% ../../nbs/85_scale.plan.ipynb #asked
-def _asked_run(o):
+def _asked_run(o, read_text)->tuple[RunConfig, str]: # and the text that is not here, if it is missed
     if bool(o.run_path) == bool(o.model): raise UserError('give a run file, or --model 65B; one of the two')
-    if o.model: return model_run(o.model, o.tokens, o.batch_tokens, o.seq_len)
-    return sized(load_run(o.run_path), o.tokens, o.batch_tokens, o.seq_len)
+    if o.model: return model_run(o.model, o.tokens, o.batch_tokens, o.seq_len), ''
+    missing = []
+    def look(path):
+        if Path(path).exists(): return read_text(path)
+        missing.append(str(path))
+    run = load_run(o.run_path, read_text=read_text and look)
+    return sized(run, o.tokens, o.batch_tokens, o.seq_len), ''.join(missing)
 
 def _asked_cluster(o, run):
     gpu, layout = choose(GPUS, o.gpu, 'GPU'), run.parallel
@@ -327,20 +341,23 @@ def _asked_layout(o, run, cluster, best):
     return asked
 
 # %% ../../nbs/85_scale.plan.ipynb #answer
-def answer(o # the options of `llama-nb plan`
+def answer(o,                            # the options of `llama-nb plan`
+           read_text:Callable|None=None, # as for `load_run`, of a text that is here
           )->int: # exit code: 0 if it fits, 1 if not
     "Print a plan, and write what else was asked for. Raises `UserError`"
     for path in filter(None, (o.figure, o.suggest)):
         if Path(path).exists(): raise UserError(f'{path} exists already; remove it or choose another file')
-    run = _asked_run(o)
+    run, missing = _asked_run(o, read_text)
     cluster = _asked_cluster(o, run)
     best = fastest(run, cluster)
     run = _asked_layout(o, run, cluster, best)
     if o.suggest and not best:
         raise UserError("no layout fits, so there is none to suggest; the plan alone says what would")
     assumed = Assumptions(o.gpu_hours_per_failure, o.restart_minutes, o.storage, pue=o.pue, carbon=o.carbon)
-    facts = plan(run, cluster, assumed, best)
+    facts = plan(run, cluster, assumed, best, missing)
     if o.figure: save_figure(facts, o.figure)
-    if o.suggest: write_atomic(o.suggest, suggestion(best, cluster, plan(best, cluster, assumed)))
+    if o.suggest:
+        wanted = plan(best, cluster, assumed, missing=missing)
+        write_atomic(o.suggest, suggestion(best, cluster, wanted))
     print(json.dumps(facts, indent=2, allow_nan=False) if o.json else report(facts))
     return 0 if facts['memory']['fits'] else 1

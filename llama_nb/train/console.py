@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINE_SECONDS', 'start_lines', 'known_peak', 'Recent', 'clock', 'is_screen', 'Console', 'write_readme', 'results',
-           'per_byte', 'end_lines']
+           'validation_size', 'per_byte', 'end_lines']
 
 # %% ../../nbs/68_train.console.ipynb #imports
 import math, sys, time
@@ -209,7 +209,14 @@ def results(config:RunConfig,
              'epochs': row['epoch']}
     loss = row.get('held_out_loss')
     if loss is None: return found
-    return found | {'validation_loss': loss, 'bits_per_byte': per_byte(loss, held_out)}
+    measured, there = validation_size(config, held_out)
+    return found | {'validation_loss': loss, 'bits_per_byte': per_byte(loss, held_out),
+                    'validation_sequences': measured, 'held_out_sequences': there}
+
+def validation_size(config:RunConfig, held_out)->tuple[int, int]: # sequences measured, and there are
+    "How much of the held-out text a validation is about"
+    there = -(-(held_out.n_tokens - 1)//config.data.seq_len)
+    return min(config.train.eval_sequences, there), there
 
 def per_byte(loss:float, # nats per token
              shards,     # of the text; its average token is what counts
@@ -225,8 +232,9 @@ def end_lines(out,           # the run's folder
     "What came out, and what to do next"
     lines = [f'finished   {steps:,} steps in {clock(seconds)}, {results["tokens"]:,} tokens read']
     if 'validation_loss' in results:
-        loss = results['validation_loss']
+        loss, measured = results['validation_loss'], results['validation_sequences']
         lines.append(f'validation {loss:.3f} nats per token, perplexity {math.exp(loss):,.1f}, '
-                     f'{results["bits_per_byte"]:.3f} bits per byte')
+                     f'{results["bits_per_byte"]:.3f} bits per byte, on {measured:,} of '
+                     f'{results["held_out_sequences"]:,} sequences')
     return [*lines, f'next       llama-nb generate {out} --prompt "...", llama-nb eval {out}; '
                     'README.md in the folder says more']

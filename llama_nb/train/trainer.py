@@ -277,6 +277,7 @@ class RunLog:
         "Rank 0: write and say what a finished run has reached"
         if not self.metrics: return
         run, seconds = self.run, time.perf_counter() - self.begun
+        self.console.close()                                # a bar stands above what is said
         found = results(run.config, run.loader, run.held_out, self.metrics.row) | parent_of(run.out)
         with tolerated(run.out/'results.json', run.report):
             write_atomic(run.out/'results.json', json.dumps(found, indent=1) + '\n')
