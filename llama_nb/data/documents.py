@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO, NoReturn
 from ..core import UserError, is_temporary
 from ..files import bytes_digest, replacing
+from ..untrusted import open_regular
 
 # %% ../../nbs/11_data.documents.ipynb #document
 @dataclass
@@ -107,7 +108,7 @@ def open_stream(path # a file, or an address that fsspec knows, such as s3://buc
 def open_raw(path:str)->BinaryIO:
     "The bytes of a file or an address as they are. Raises `UserError` if it cannot be opened"
     try:
-        if '://' not in path: return open(path, 'rb')
+        if '://' not in path: return open_regular(path)
         import fsspec
         return fsspec.open(path, 'rb').open()
     except FileNotFoundError:
