@@ -546,17 +546,21 @@ def clean_source(source:str,            # one of `SOURCES`, or `documents`
     return total
 
 # %% ../../nbs/7G_data.corpus.ipynb #find-files
+def _take_out(place:str, why:str):
+    "A report for what would be left out in silence. Raises `UserError`"
+    raise UserError(f'{place} {why}; take it out of the folder, or name the files by a pattern')
+
 def _files_at(path:str, source:Source)->list[str]:
     "Raises `UserError` if there are none"
     def fits(name): return re.search(source.files, PurePath(name).name)
     wanted = f'raw file of {source.title} (their names end in {source.example})'
     if os.path.isdir(path):
-        found = [str(p) for p, _ in files_under(Path(path), fits)]
+        found = [str(p) for p, _ in files_under(Path(path), fits, _take_out)]
         if not found: raise UserError(f'{path} holds no {wanted}')
         return found
     if os.path.isfile(path):
         if not fits(path): raise UserError(f'{path} is no {wanted}')
-        return [path]
+        return [str(p) for p, _ in files_under(Path(path), fits)]
     if os.path.lexists(path): raise UserError(f'{path} is no plain file')
     found = [p for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p) and fits(p)]
     if not found: raise UserError(f'there is no {path}: neither file, folder nor pattern for a {wanted}')

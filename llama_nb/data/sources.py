@@ -6,7 +6,7 @@
 __all__ = ['STDIN', 'Reading', 'cleaned_files', 'text_files', 'stdin_kept', 'read_documents', 'files_under']
 
 # %% ../../nbs/15_data.sources.ipynb #imports
-import glob, os, re, shutil, sys, tempfile
+import glob, math, os, re, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TypedDict
 from ..core import UserError, is_temporary
-from .documents import Document, Report, refuse
+from .documents import MAX_GROWTH, Document, Report, growth_limit, refuse
 from .formats import CODE, FORMATS, check_packages, ending, has_format, read_file
-from ..untrusted import Count, InnerName, Sha256, read_json, regular_size
+from ..untrusted import Count, InnerName, Sha256, open_regular, read_json, regular_size
 
 # %% ../../nbs/15_data.sources.ipynb #reading
 _NAMED = 20                     # problems that are kept in full
@@ -65,27 +65,40 @@ class Reading:
         return f'read      {self.documents:,} documents in {self.files:,} files\nleft out  {left}'
 
 # %% ../../nbs/15_data.sources.ipynb #walk
-def _walk(folder:Path, report:Report, left_out:Counter)->Iterator[Path]:
-    "The files of a folder that are not hidden; what cannot be looked into is reported"
+def _walk(folder:Path, report:Report,
+          left_out:Counter|None=None, # counts what is hidden, which is not read then
+         )->Iterator[Path]:
+    "The files of a folder; what cannot be looked into is reported"
     def failed(error):
         if is_temporary(error): raise error
         report(error.filename, f'cannot be read: {error.strerror}')
     for place, folders, files in os.walk(folder, onerror=failed):
         seen = len(folders) + len(files)
-        folders[:] = [name for name in folders if name[0] != '.']
-        files = [name for name in files if name[0] != '.']
-        left_out['is hidden'] += seen - len(folders) - len(files)
+        if left_out is not None:
+            folders[:] = [name for name in folders if name[0] != '.']
+            files = [name for name in files if name[0] != '.']
+            left_out['is hidden'] += seen - len(folders) - len(files)
         for path in (Path(place, name) for name in folders):
             if path.is_symlink(): report(str(path), 'is a link to a folder; name that folder as a source')
         for name in files: yield Path(place, name)
 
 def _is_file(path:Path, report:Report)->bool:
     "Whether there is a file that may be read; anything else is reported"
-    if path.is_file() and os.access(path, os.R_OK): return True
-    why = 'cannot be read: no permission' if path.is_file() else 'is no plain file'
-    if path.is_symlink() and not path.exists(): why = 'is a link to nothing'
-    report(str(path), why)
-    return False
+    why = 'is no plain file'
+    if path.is_file(): why = _why_not(path)
+    elif path.is_symlink() and not path.exists(): why = 'is a link to nothing'
+    if why: report(str(path), why)
+    return not why
+
+def _why_not(path:Path)->str: # empty if it may be read
+    if not os.access(path, os.R_OK): return 'cannot be read: no permission'
+    on_disk = 512*getattr(path.stat(), 'st_blocks', math.inf)
+    if path.stat().st_size <= growth_limit(on_disk) or not _has_hole(path): return ''
+    return f'is almost all holes: it has more than {MAX_GROWTH} times the bytes that are on the disk'
+
+def _has_hole(path:Path)->bool: # False where the file system does not tell
+    with open_regular(path) as f:
+        return os.lseek(f.fileno(), 0, getattr(os, 'SEEK_HOLE', os.SEEK_END)) < path.stat().st_size
 
 # %% ../../nbs/15_data.sources.ipynb #cleaned
 class _Cleaned(TypedDict):
@@ -195,8 +208,10 @@ def read_documents(sources,              # one or several, as `text_files` takes
 # %% ../../nbs/15_data.sources.ipynb #files-under
 def files_under(path:Path,                     # a file, or a folder with files in it, at any depth
                 wanted,                        # whether a file is meant, by its path
+                report:Report=refuse,
                )->list[tuple[Path, str]]:      # (file, its name within the folder)
-    "Files in the order of their names"
+    "Files in the order of their names. What cannot be looked into is reported"
     root = path if path.is_dir() else path.parent
-    files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
-    return [(p, p.relative_to(root).as_posix()) for p in files if wanted(p)]
+    found = _walk(path, report) if path.is_dir() else [path]
+    files = sorted(p for p in found if wanted(p))
+    return [(p, p.relative_to(root).as_posix()) for p in files if _is_file(p, report)]

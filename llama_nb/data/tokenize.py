@@ -21,8 +21,8 @@ import sentencepiece
 from tqdm.auto import tqdm
 import llama_nb
 from ..core import TemporaryError, UserError, is_temporary
-from .documents import (Document, Report, check_fraction, check_sides, is_held_out, open_raw,
-                                     open_stream, reporting)
+from .documents import (MAX_LINE, Document, Report, check_fraction, check_sides, is_held_out,
+                                     open_raw, open_stream, reporting)
 from .engine import RECORD_BYTES, claim_folder, describe, fingerprint, same_input
 from .executors import cores, spread
 from .formats import read_stream
@@ -46,12 +46,12 @@ class Piece(NamedTuple):
     stop:int
 
 def _line_after(f:BinaryIO, place:int)->int:
-    "Where the first line begins that does so at `place` or later"
+    "Where the first line begins that does so at `place` or later; 0 if none does soon"
     f.seek(place - 1)
     part = f.readline(2**16)
-    while part and not part.endswith(b'\n'):
+    while part and not part.endswith(b'\n') and f.tell() < place + MAX_LINE:
         part = f.readline(2**16)
-    return f.tell()
+    return f.tell() if part.endswith(b'\n') else 0
 
 def _pieces(name:str, path:str, size:int)->list[Piece]:
     n, cuts = os.path.getsize(path), []
