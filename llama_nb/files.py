@@ -10,6 +10,7 @@ __all__ = ['DISK_FULL', 'bytes_digest', 'file_digest', 'fsync_file', 'fsync_fold
 import errno, hashlib, os, secrets, shutil
 from contextlib import contextmanager
 from pathlib import Path
+from .untrusted import open_regular
 
 # %% ../nbs/91_files.ipynb #digests
 def bytes_digest(data:bytes)->str: # 64 hexadecimal digits
@@ -17,8 +18,9 @@ def bytes_digest(data:bytes)->str: # 64 hexadecimal digits
     return hashlib.sha256(data).hexdigest()
 
 def file_digest(path)->str: # 64 hexadecimal digits
-    "SHA-256 of the file at `path`, which may be larger than the memory. Raises `OSError`"
-    with open(path, 'rb') as f:
+    """SHA-256 of the file at `path`, which may be larger than the memory. Raises `OSError`; `UserError` for
+    a device or a pipe, which may have no end"""
+    with open_regular(path) as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/91_files.ipynb #fsync-folder

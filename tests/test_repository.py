@@ -69,8 +69,8 @@ def test_a_failing_cell_fails_the_run(tmp_path, sources, fails):
 
 # --- imports point one way ----------------------------------------------------------------------
 
-GROUND = ['core', 'files', 'untrusted', 'config', 'settings', 'flags', 'run_file']
-BELOW = {'core': [], 'files': [], 'untrusted': ['core'], 'private': [],
+GROUND = ['core', 'untrusted', 'files', 'config', 'settings', 'flags', 'run_file']
+BELOW = {'core': [], 'untrusted': ['core'], 'files': ['core', 'untrusted'], 'private': [],
          'config': ['core'], 'settings': ['core', 'config'],
          'flags': ['core', 'config', 'settings'],
          'run_file': ['core', 'files', 'untrusted', 'config', 'settings', 'flags'], 'data': GROUND,

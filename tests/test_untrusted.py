@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile import DEEP, HUGE, IN_PLACE, one_line, refused
 from llama_nb.config import PRESETS
 from llama_nb.run_file import load_run
 from llama_nb.core import UserError
@@ -16,41 +17,6 @@ from llama_nb.train.checkpoint import latest_checkpoint, load_checkpoint, save_c
 from llama_nb.train.state import random_state, run_state, set_random_state
 
 pytestmark = [pytest.mark.timeout(20), pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')]
-
-DEEP = 200_000*'['
-HUGE = 5_000*'9'
-
-def one_line(error):
-    "What a user reads"
-    assert isinstance(error, UserError) and '\n' not in str(error) and len(str(error)) < 1_000
-
-def refused(call):
-    with pytest.raises(UserError) as e: call()
-    one_line(e.value)
-    return str(e.value)
-
-# --- things in the place of a file ----------------------------------------------------------------
-
-def no_link(path):
-    "A link to a file elsewhere, which has the very bytes"
-    elsewhere = path.parent.parent/f'elsewhere-{path.name}'
-    shutil.copy(path, elsewhere)
-    path.unlink()
-    path.symlink_to(elsewhere)
-
-def put(make):
-    def replace(path):
-        path.unlink()
-        make(path)
-    return replace
-
-def long(path):
-    with open(path, 'r+b') as f: f.truncate(2**40)              # a terabyte that takes no room
-
-IN_PLACE = {'a FIFO': put(os.mkfifo), 'an endless device': put(lambda p: p.symlink_to('/dev/zero')),
-            'a folder': put(Path.mkdir), 'a link to itself': put(lambda p: p.symlink_to(p.name)),
-            'a link to nothing': put(lambda p: p.symlink_to('nothing')), 'a link that leads out': no_link,
-            'a terabyte': long, 'nothing': Path.unlink}
 
 # --- checkpoints ----------------------------------------------------------------------------------
 

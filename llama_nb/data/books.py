@@ -104,7 +104,7 @@ def read_books(path,            # a .txt file, compressed or not; a folder with 
         yield from _book(path, 'the stream', 'book', report)
         return
     path = Path(path)
-    files = files_under(path, lambda p: '.txt' in p.suffixes[-2:])
+    files = files_under(path, lambda p: '.txt' in p.suffixes[-2:], report)
     if not files: raise UserError(f'{path} has no books: no .txt files')
     for p, name in files:
         with reporting(str(p), report, 'was not read'), open_stream(p) as stream:

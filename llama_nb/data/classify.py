@@ -16,6 +16,7 @@ from ..files import replacing
 from .dedup import first_seen, text_key
 from .documents import Document, extra_module
 from .stage import Decision, choice, judge
+from ..untrusted import open_regular
 
 # %% ../../nbs/74_data.classify.ipynb #rules
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _is_model(data)->bool:
 def check_model(path):
     "Raise `UserError` unless the file is a whole fastText classifier"
     try:
-        with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             fine = _is_model(data)
     except OSError as e:
         raise UserError(f'cannot read the classifier {path}: {e.strerror}') from e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'OnDemand', 'load_tokens', 'read_pages',
-           'text_places', 'clean_equal', 'count_sites', 'keep_site', 'load_json', 'find_copies', 'load_copies',
+           'text_places', 'clean_equal', 'count_sites', 'keep_site', 'load_sites', 'find_copies', 'load_copies',
            'find_source', 'Pipeline', 'make_plan', 'source_job', 'read_pass', 'across', 'unrepeated', 'find_answer',
            'clean_source', 'find_files', 'before_and_after', 'html_report', 'is_finished', 'result_text']
 
@@ -12,10 +12,12 @@ __all__ = ['SOURCES', 'DOCUMENTS', 'Step', 'Source', 'OrderRules', 'Models', 'On
 import difflib, glob, json, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path, PurePath
+from typing import TypedDict
 from tqdm.auto import tqdm
 import llama_nb
 from ..core import UserError, choose
@@ -30,19 +32,20 @@ from .classify import (LanguageRules, ReferenceRules, TextClassifier, check_mode
 from .commoncrawl import CCNetRules, clean_ccnet, line_places
 from .dedup import MEMORY, FirstOnDisk, IsFirst, merge_pairs, spill_pairs, text_key
 from .documents import Document, Report, extra_module, refuse, text_id
-from .engine import (Job, check_inputs, claim_folder, describe, report_text, run_job,
-                                  same_input, summary)
+from .engine import (RECORD_BYTES, Job, check_inputs, claim_folder, describe, read_record,
+                                  report_text, run_job, same_input, summary)
 from .executors import LOCAL, find_executor, spread
 from .formats import read_file
 from .github import GithubRules, clean_code, clean_copies, clean_licence, read_project
 from .mediawiki import read_wikipedia
 from .ngram import PerplexityRules, clean_perplexity, load_ngrams
-from .sources import files_under, read_documents
+from .sources import cleaned_files, files_under, read_documents
 from .stackexchange import (StackexchangeRules, clean_stackexchange, largest_sites,
                                          read_stackexchange)
 from .stage import Decision, Tally, choice, judge
 from .wikipedia import WikipediaRules, clean_wikipedia
 from ..files import file_digest, remove, write_atomic
+from ..untrusted import read_json, regular_size
 
 # %% ../../nbs/7G_data.corpus.ipynb #step
 def _always(preset:str)->bool: return True
@@ -111,15 +114,19 @@ def _beside(path:str, *endings:str)->Path|None: # a file of the same name with a
     stem = re.sub(r'(\.arpa)?(\.(gz|bz2|xz|zst|bin|binary|klm))?$', '', path)
     return next((p for e in endings if (p := Path(stem + e)).is_file()), None)
 
+class _CutOffs(TypedDict):
+    head:float
+    tail:float
+
 def _cutoffs(rules:PerplexityRules, model:str, n_files:int)->PerplexityRules:
     "The rules with the cut-offs that lie beside the model. Raises `UserError`"
     place = _beside(model, '.json')
     if place is None: return rules
     try:
-        found = json.loads(place.read_text(encoding='utf-8'))
-        return replace(rules, head=float(found['head']), tail=float(found['tail']))
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise UserError(f'{place} does not hold the cut-offs "head" and "tail" of a model: {e!r}') from None
+        found = read_json(place, _CutOffs, 2**16)
+    except (UserError, OSError) as e:
+        raise UserError(f'{place} does not hold the cut-offs "head" and "tail" of a model: {e}') from None
+    return replace(rules, **found)
 
 # %% ../../nbs/7G_data.corpus.ipynb #on-demand
 class OnDemand:
@@ -189,7 +196,11 @@ def keep_site(doc:Document, sites, rules:StackexchangeRules)->tuple[Document|Non
     fine = bool(sites.count(doc.source))
     return doc if fine else None, [judge(doc, 'stackexchange.site', doc.source, rules.n_sites, fine)]
 
-def load_json(path): return json.loads(Path(path).read_text(encoding='utf-8'))
+_ANSWER = 2**30                                             # most bytes of what a pass has collected
+
+def load_sites(path)->list[str]:
+    "Raises `UserError`, `OSError`"
+    return read_json(path, list[str], _ANSWER)
 
 # %% ../../nbs/7G_data.corpus.ipynb #copies
 def find_copies(docs:Iterable[Document], rules:BookRules, folder, memory:int)->dict[str, list]:
@@ -203,7 +214,8 @@ def find_copies(docs:Iterable[Document], rules:BookRules, folder, memory:int)->d
     return {place: [names[copy.of], copy.measured] for place, copy in found.items()}
 
 def load_copies(path)->dict[str, Copy]:
-    return {place: Copy(*copy) for place, copy in load_json(path).items()}
+    found = read_json(path, dict[str, tuple[str, float]], _ANSWER)
+    return {place: Copy(*copy) for place, copy in found.items()}
 
 # %% ../../nbs/7G_data.corpus.ipynb #web-sources
 _PACKED = r'(\.(gz|bz2|xz|zst))?$'
@@ -254,7 +266,7 @@ _STACKEXCHANGE = Source(
     'StackExchange', read_stackexchange, r'^([^-]+|.*-Posts)\.7z$|Posts\.xml' + _PACKED,
     '.7z, or Posts.xml', (
         Step('posts', clean_stackexchange, StackexchangeRules),
-        Step('sites', keep_site, StackexchangeRules, collect=count_sites, load=load_json,
+        Step('sites', keep_site, StackexchangeRules, collect=count_sites, load=load_sites,
              needless=lambda rules, n_files: n_files <= rules.n_sites)))
 
 SOURCES = {'commoncrawl': _COMMONCRAWL, 'c4': _C4, 'github': _GITHUB, 'wikipedia': _WIKIPEDIA,
@@ -386,7 +398,7 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     about = {'asked': describe(ask), 'first': first, 'documents': made, 'intervals': parts,
              'version': llama_nb.__version__}
     digest = claim_folder(folder, about, ('done', 'work', 'answer.json', *_old(folder)), True, 'pass.json')
-    if not (folder/'done').exists():
+    if not ((folder/'done').exists() and _has_answer(step, folder)):
         _sweep(folder, 'tmp*', '.*.tmp', 'work')
         if step.pairs:
             if size < _SMALL_PASS: workers = 1
@@ -397,6 +409,14 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     _sweep(folder, 'pairs-*', 'work')
     if step.collect: return OnDemand(step.load, folder/'answer.json', digest)
     return OnDemand(FirstOnDisk if first else unrepeated, folder, digest)
+
+def _has_answer(step:Step, folder:Path)->bool:
+    "Whether what a pass has collected can be read"
+    if not step.collect: return True
+    with suppress(UserError, FileNotFoundError):
+        step.load(folder/'answer.json')
+        return True
+    return False
 
 def _old(folder:Path)->list[str]: return [p.name for p in folder.glob('[pf]*-0*')]
 
@@ -441,7 +461,7 @@ def _run_phases(plan:Pipeline, inputs:dict, out:Path, workers:int, memory:int, p
         tallies = run_job(_phase_job(plan, i, answer), given, folder, workers, True, words, executor)
         total['read'] = total.get('read', Tally()) + tallies.pop('read')
         total |= tallies
-        made = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))['files']
+        made = cleaned_files(folder)
         files = {number: str(folder/'documents'/f'{number}.jsonl.zst') for number in files}
     return total
 
@@ -458,7 +478,7 @@ def _finish(plan:Pipeline, inputs:dict, out:Path, total:dict[str, Tally]):
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))
     page = html_report(plan, total, before_and_after(plan, inputs, out))
     write_atomic(out/'report.html', page.encode('utf-8', 'xmlcharrefreplace'))
-    seen = {name: load_json(path)['input'] for name, path in _records(plan, inputs, out)}
+    seen = {name: read_record(path)['input'] for name, path in _records(plan, inputs, out)}
     about = {'inputs': seen, 'tallies': {name: asdict(tally) for name, tally in total.items()}}
     write_atomic(out/'finished.json', json.dumps(about, indent=1) + '\n')
 
@@ -469,13 +489,20 @@ def _records(plan:Pipeline, inputs:dict, out:Path)->list[tuple[str, Path]]: # of
     return [(name, folder/'records'/f'{number}.json') for name, number in zip(names, numbers)]
 
 # %% ../../nbs/7G_data.corpus.ipynb #is-done
+class _Finished(TypedDict):
+    inputs:dict[str, dict[str, str|int|float|None]]         # fingerprints of the raw files
+    tallies:dict[str, Tally]                                # by stage
+
 def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
     "The tallies of a folder in which everything is done"
-    if not (out/'finished.json').exists() or not (out/'manifest.json').exists(): return None
-    found, made = load_json(out/'finished.json'), load_json(out/'manifest.json')['files']
-    there = all((out/n).is_file() and (out/n).stat().st_size == about['bytes'] for n, about in made.items())
+    try:
+        found, made = read_json(out/'finished.json', _Finished, RECORD_BYTES), cleaned_files(out)
+        there = all(regular_size(out/n, out) == about['bytes'] for n, about in made.items())
+    except (UserError, FileNotFoundError):                  # it is made again from the records
+        return None
+    if not there or found['inputs'].keys() != inputs.keys() or 'read' not in found['tallies']: return None
     same = all(same_input(str(inputs[name]), seen) for name, seen in found['inputs'].items())
-    return {k: Tally.from_dict(t) for k, t in found['tallies'].items()} if there and same else None
+    return found['tallies'] if same else None
 
 # %% ../../nbs/7G_data.corpus.ipynb #claim
 _PARTS = ('finished.json', 'manifest.json', 'job.json', 'documents', 'records', 'passes', 'report.md',
@@ -519,17 +546,21 @@ def clean_source(source:str,            # one of `SOURCES`, or `documents`
     return total
 
 # %% ../../nbs/7G_data.corpus.ipynb #find-files
+def _take_out(place:str, why:str):
+    "A report for what would be left out in silence. Raises `UserError`"
+    raise UserError(f'{place} {why}; take it out of the folder, or name the files by a pattern')
+
 def _files_at(path:str, source:Source)->list[str]:
     "Raises `UserError` if there are none"
     def fits(name): return re.search(source.files, PurePath(name).name)
     wanted = f'raw file of {source.title} (their names end in {source.example})'
     if os.path.isdir(path):
-        found = [str(p) for p, _ in files_under(Path(path), fits)]
+        found = [str(p) for p, _ in files_under(Path(path), fits, _take_out)]
         if not found: raise UserError(f'{path} holds no {wanted}')
         return found
     if os.path.isfile(path):
         if not fits(path): raise UserError(f'{path} is no {wanted}')
-        return [path]
+        return [str(p) for p, _ in files_under(Path(path), fits)]
     if os.path.lexists(path): raise UserError(f'{path} is no plain file')
     found = [p for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p) and fits(p)]
     if not found: raise UserError(f'there is no {path}: neither file, folder nor pattern for a {wanted}')
@@ -570,7 +601,7 @@ def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-' or '+', 
 
 def before_and_after(plan:Pipeline, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
     "What became of a few documents of the first small file"
-    made = load_json(out/'manifest.json')['files']
+    made = cleaned_files(out)
     for name in sorted(inputs):
         output = f'documents/{name}.jsonl.zst'
         if not made[output]['documents'] or os.path.getsize(inputs[name]) > _SMALL: continue

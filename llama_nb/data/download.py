@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from http.client import IncompleteRead
 from pathlib import Path
+from typing import TypedDict
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from tqdm.auto import tqdm
@@ -21,6 +22,7 @@ import llama_nb
 from ..core import TemporaryError, UserError, is_temporary
 from .documents import extra_module
 from ..files import fsync_file, fsync_folder, write_atomic
+from ..untrusted import Count, read_json, regular_size
 
 # %% ../../nbs/7K_data.download.ipynb #remote
 @dataclass(frozen=True)
@@ -192,20 +194,24 @@ def _validator(headers)->str: # '' if there is none that can be relied on
     said = etag if etag and not etag.startswith('W/') else headers.get('Last-Modified', '')
     return said if re.fullmatch(r'[\x20-\x7e]{1,500}', said) else ''
 
+class _Version(TypedDict):
+    address:str
+    validator:str
+    total:Count
+
 class _Part:
     "What has come of a file so far, and which version of it that is"
     def __init__(self, folder:Path, name:str):
         self.path, self.about = folder/f'{name}.part', folder/f'{name}.version'
 
     @property
-    def size(self)->int: return self.path.stat().st_size if self.path.exists() else 0
+    def size(self)->int: return regular_size(self.path, self.path.parent)
 
     def version(self)->dict:
         try:
-            found = json.loads(self.about.read_text(encoding='utf-8'))
-        except (OSError, ValueError):
+            return read_json(self.about, _Version, 2**16, self.about.parent)
+        except (OSError, UserError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def begin(self, address:str, validator:str, total:int):
         "Throw away what has come: what comes now is this version"

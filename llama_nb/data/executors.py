@@ -15,8 +15,11 @@ from dataclasses import dataclass, field, fields
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Annotated, TypedDict
+from msgspec import Meta
 from ..core import TemporaryError, UserError, choose, is_temporary
 from ..files import write_atomic
+from ..untrusted import read_json
 
 # %% ../../nbs/7H_data.executors.ipynb #worker
 def _worker(pipe, prepare:Callable|None):
@@ -168,6 +171,9 @@ def sigterm_raises():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # %% ../../nbs/7H_data.executors.ipynb #slurm-settings
+class _Note(TypedDict):
+    job:Annotated[str, Meta(pattern='^[0-9]*$')]    # number of the array that was submitted
+
 @dataclass(frozen=True)
 class Slurm:
     "A job array under Slurm, submitted and waited for. Needs datatrove"
@@ -186,7 +192,7 @@ class Slurm:
         "Yield names as they are done. Raises `UserError`, and `TemporaryError` if the array leaves some"
         if not files: return
         note = Path(out)/'slurm.json'
-        job = json.loads(note.read_text())['job'] if note.exists() else ''
+        job = read_json(note, _Note, 2**16)['job'] if note.exists() else ''
         if not (job and in_queue(job)):
             job = _submit(self.executor(step, min(tasks, len(files)), out))
             write_atomic(note, json.dumps({'job': job}) + '\n')

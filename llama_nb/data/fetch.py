@@ -12,10 +12,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 from xml.etree import ElementTree
 from ..core import TemporaryError, UserError, choose, is_temporary
 from .download import Fetcher, Remote, Web
 from ..files import file_digest, held, write_atomic
+from ..untrusted import read_json
 
 # %% ../../nbs/7L_data.fetch.ipynb #find
 CRAWL = 'CC-MAIN-2019-09'
@@ -155,26 +157,26 @@ def listing(names:list[str]=(*SOURCES,))->str:
     return '\n'.join(rows)
 
 # %% ../../nbs/7L_data.fetch.ipynb #account
+class _Fetched(TypedDict):
+    plans:NotRequired[dict[str, list[Remote]]]
+    files:NotRequired[dict[str, dict[str, str|int]]]
+
 class Account:
     "`fetched.json`: which files were chosen, and what is known of those that have come"
     def __init__(self, path):
         self.path = Path(path)
         try:
-            found = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else {}
-            self.plans = {**found.get('plans', {})}
-            self.files = {name: {**row} for name, row in found.get('files', {}).items()}
-        except (ValueError, TypeError, AttributeError):
-            raise UserError(f'{path} is damaged; remove it, and everything is fetched anew') from None
+            found = read_json(self.path, _Fetched, 2**28) if self.path.exists() else {}
+        except UserError as e:
+            raise UserError(f'{e}; remove it, and everything is fetched anew') from None
+        self.plans, self.files = found.get('plans', {}), found.get('files', {})
 
     def plan(self, key:str, find:Callable[[], list[Remote]])->list[Remote]:
         "The files of `find`, or those it chose when it was asked first"
         if key not in self.plans:
-            self.plans[key] = [asdict(remote) for remote in find()]
+            self.plans[key] = find()
             self._save()
-        try:
-            return [Remote(**row) for row in self.plans[key]]
-        except TypeError:
-            raise UserError(f'{self.path} is damaged; remove it, and everything is fetched anew') from None
+        return self.plans[key]
 
     def has(self, name:str, path:Path, remote:Remote)->bool:
         row = self.files.get(name)
@@ -187,7 +189,8 @@ class Account:
         self._save()
 
     def _save(self):
-        write_atomic(self.path, json.dumps({'plans': self.plans, 'files': self.files}, indent=1) + '\n')
+        plans = {key: [asdict(remote) for remote in plan] for key, plan in self.plans.items()}
+        write_atomic(self.path, json.dumps({'plans': plans, 'files': self.files}, indent=1) + '\n')
 
 # %% ../../nbs/7L_data.fetch.ipynb #fetch-sources
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from ..core import UserError
 from .documents import Document
 from .shards import TokenShards
+from ..untrusted import decode_json, open_regular
 
 # %% ../../nbs/7J_data.provenance.ipynb #row
 def provenance_row(doc:Document,
@@ -62,24 +63,37 @@ class Provenance(NamedTuple):
     language:str
     decisions:list      # [rule, bytes it removed, what was measured, limit]
 
-def _blocks(f:BinaryIO)->np.ndarray: # where each begins, and the end of the last
-    f.seek(-8, os.SEEK_END)
-    n = int.from_bytes(f.read(8), 'little')
+def _blocks(f:BinaryIO,
+            n_documents:int # that the shard has
+           )->np.ndarray:   # where each begins, and the end of the last
+    "Raises `ValueError`, `OSError` if they are not for so many documents"
+    n = -(-n_documents//BLOCK) + 1
     f.seek(-8*(n + 1), os.SEEK_END)
-    return np.frombuffer(f.read(8*n), '<u8')
+    places = np.frombuffer(f.read(8*n), '<u8')
+    if int.from_bytes(f.read(8), 'little') != n: raise ValueError('another number of documents')
+    return places
+
+_BLOCK_BYTES = 2**28                                # most of the rows of a block
 
 def _block(f:BinaryIO, places:np.ndarray, i:int)->bytes:
+    "Raises `ValueError`, `zlib.error`"
     start, stop = map(int, places[i:i + 2])
+    if not 0 <= stop - start <= _BLOCK_BYTES: raise ValueError('a block of no size')
     f.seek(start)
-    return zlib.decompress(f.read(stop - start))
+    unpack = zlib.decompressobj()
+    rows = unpack.decompress(f.read(stop - start), _BLOCK_BYTES)
+    if unpack.eof: return rows
+    raise ValueError('a block that is cut off, or grows without end')
 
 # %% ../../nbs/7J_data.provenance.ipynb #find-row
-def _row(path:Path, number:int)->list:
-    "Row of a document of shard `path`. Raises `UserError`"
+_Row = tuple[str, str, str, str, str, list]         # file, source, url, licence, language, decisions
+
+def _row(path:Path, number:int, n_documents:int)->_Row:
+    "Row of a document of shard `path`, which has `n_documents`. Raises `UserError`"
     place = Path(f'{path}.provenance')
     try:
-        with open(place, 'rb') as f: rows = _block(f, _blocks(f), number//BLOCK)
-        return json.loads(rows.splitlines()[number % BLOCK])
+        with open_regular(place, place.parent) as f: rows = _block(f, _blocks(f, n_documents), number//BLOCK)
+        return decode_json(rows.splitlines()[number % BLOCK], _Row, f'{place}')
     except FileNotFoundError:
         raise UserError(f'{path} was written without provenance; `llama-nb data` writes it '
                         'from files of documents') from None
@@ -93,7 +107,8 @@ def provenance(shards:TokenShards,
               )->Provenance:
     "Where a token comes from. Raises `IndexError` beyond the ends, `UserError` where it was not kept"
     path, number, start, stop = shards.find(offset)
-    return Provenance(shards.document_of(offset), start, stop, *_row(path, number))
+    n_documents = next(s['documents'] for s in shards.manifest['shards'] if shards.folder/s['name'] == path)
+    return Provenance(shards.document_of(offset), start, stop, *_row(path, number, n_documents))
 
 # %% ../../nbs/7J_data.provenance.ipynb #describe-provenance
 def provenance_text(found:Provenance)->str:
@@ -119,8 +134,8 @@ def verify_provenance(shards:TokenShards):
     for name, made in shards.manifest.get('provenance', {}).items():
         found, n = hashlib.sha256(), 0
         try:
-            with open(shards.folder/name, 'rb') as f:
-                places = _blocks(f)
+            with open_regular(shards.folder/name, (shards.folder/name).parent) as f:
+                places = _blocks(f, made['documents'])
                 for i in range(len(places) - 1):
                     rows = _block(f, places, i)
                     found.update(rows)

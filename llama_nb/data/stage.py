@@ -10,8 +10,11 @@ __all__ = ['PRESETS', 'Cleaner', 'N_EXAMPLES', 'N_PROBLEMS', 'MAX_ERRORS', 'choi
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Annotated
+from msgspec import Meta
 from ..core import UserError
 from .documents import Document
+from ..untrusted import Count
 
 # %% ../../nbs/70_data.stage.ipynb #choice
 PRESETS = ('paper', 'ccnet', 'redpajama', 'strict')
@@ -70,12 +73,15 @@ N_PROBLEMS = 20                 # records that could not be read, named one by o
 
 def _order(name:str)->str: return hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()
 
+_Bytes = Annotated[int, Meta(ge=-2**62, le=2**62)]
+_Example = Annotated[list[str], Meta(min_length=2, max_length=2)]    # [id, beginning of what was taken out]
+
 @dataclass
 class RuleTally:
     "What one rule took out"
-    documents:int=0             # from which it took something
-    removed:int=0               # bytes
-    examples:list=field(default_factory=list)     # [id, beginning of what was taken out]
+    documents:Count=0           # from which it took something
+    removed:_Bytes=0            # bytes; below 0 if it added some
+    examples:list[_Example]=field(default_factory=list)
 
     def add(self, documents:int, removed:int, examples:Iterable):
         self.documents += documents
@@ -87,13 +93,13 @@ class RuleTally:
 @dataclass
 class Tally:
     "What a stage did: documents and bytes in and out, by rule; records that could not be read"
-    documents:int=0
-    kept:int=0
-    bytes_in:int=0
-    bytes_out:int=0
-    rules:dict=field(default_factory=dict)        # name -> RuleTally
-    unread:int=0                                  # records that a reader reported
-    problems:list=field(default_factory=list)     # the first of them
+    documents:Count=0
+    kept:Count=0
+    bytes_in:Count=0
+    bytes_out:Count=0
+    rules:dict[str, RuleTally]=field(default_factory=dict)  # by the rule's name
+    unread:Count=0                                          # records that a reader reported
+    problems:list[str]=field(default_factory=list)          # the first of them
 
     def count(self, before:Document, after:Document|None, decisions:Iterable[Decision]):
         "Add one document"
@@ -121,11 +127,6 @@ class Tally:
             for name, rule in tally.rules.items():
                 both.rules.setdefault(name, RuleTally()).add(rule.documents, rule.removed, rule.examples)
         return both
-
-    @classmethod
-    def from_dict(cls, row:dict)->'Tally':
-        "The inverse of `dataclasses.asdict`"
-        return cls(**{**row, 'rules': {name: RuleTally(**r) for name, r in row['rules'].items()}})
 
 # %% ../../nbs/70_data.stage.ipynb #stage
 MAX_ERRORS = .01                # share of the documents in which a cleaner may fail

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from numpy.lib.format import open_memmap
 from ..core import UserError
 from .documents import check_fraction, check_sides, is_held_out
 from .shards import Encoded, TokenShards, token_dtype, write_encoded
 from .tokenizer import FOREIGN, Tokenizer
 from ..files import bytes_digest
+from ..untrusted import open_regular
 
 # %% ../../nbs/16_data.token_ids.ipynb #open-ids
 def open_ids(path,
@@ -26,10 +28,11 @@ def open_ids(path,
     path = Path(path)
     if path.suffix not in ('.npy', '.bin'): raise UserError(f'{path} is neither .npy nor .bin')
     try:
-        found = _open_bin(path, dtype) if path.suffix == '.bin' else np.load(path, mmap_mode='r')
-    except UserError:
+        open_regular(path).close()
+        found = _open_bin(path, dtype) if path.suffix == '.bin' else open_memmap(path, mode='r')
+    except (UserError, OSError):
         raise
-    except (ValueError, EOFError):
+    except Exception:                                       # numpy reads the head as Python's literals
         raise UserError(f'{path} is no .npy file of numbers, or it is cut off') from None
     if found.ndim == 1 and found.dtype.kind in 'iu' and len(found): return found
     raise UserError(f'{path} must hold integers in one row, not {found.dtype} of shape {found.shape}')

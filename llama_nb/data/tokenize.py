@@ -10,28 +10,29 @@ __all__ = ['UNIT_BYTES', 'SIDES', 'Piece', 'work_units', 'read_unit', 'TokenJob'
 import bisect, functools, hashlib, io, json, multiprocessing, os, shutil, tempfile, threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path, PurePath
 from types import SimpleNamespace
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypedDict
 import numpy as np
 from tqdm.auto import tqdm
 import llama_nb
 from ..core import TemporaryError, UserError, is_temporary
-from .documents import (Document, Report, check_fraction, check_sides, is_held_out, open_raw,
-                                     open_stream, reporting)
-from .engine import claim_folder, describe, fingerprint, same_input
+from .documents import (MAX_LINE, Document, Report, check_fraction, check_sides, is_held_out,
+                                     open_raw, open_stream, reporting)
+from .engine import RECORD_BYTES, claim_folder, describe, fingerprint, same_input
 from .executors import cores, spread
 from .formats import read_stream
 from .provenance import ProvenanceWriter, provenance_row
-from .shards import (TokenShards, document_tokens, shard_metadata, token_dtype,
-                                  write_manifest)
+from .shards import (FileEntry, RowsEntry, ShardEntry, TokenShards, document_tokens,
+                                  shard_metadata, token_dtype, write_manifest)
 from .sources import Reading, stdin_kept, text_files
 from .tokenizer import Tokenizer
 from ..files import (DISK_FULL, file_digest, fsync_file, held, publish_folder, publishing, remove,
                             replacing, write_atomic)
+from ..untrusted import Count, Sha256, open_regular, read_json, regular_size
 
 # %% ../../nbs/7I_data.tokenize.ipynb #work-units
 UNIT_BYTES = 2**25
@@ -44,18 +45,18 @@ class Piece(NamedTuple):
     stop:int
 
 def _line_after(f:BinaryIO, place:int)->int:
-    "Where the first line begins that does so at `place` or later"
+    "Where the first line begins that does so at `place` or later; 0 if none does soon"
     f.seek(place - 1)
     part = f.readline(2**16)
-    while part and not part.endswith(b'\n'):
+    while part and not part.endswith(b'\n') and f.tell() < place + MAX_LINE:
         part = f.readline(2**16)
-    return f.tell()
+    return f.tell() if part.endswith(b'\n') else 0
 
 def _pieces(name:str, path:str, size:int)->list[Piece]:
     n, cuts = os.path.getsize(path), []
     if not n: return [Piece(name, path, 0, 0)]
     if PurePath(path).suffix == '.jsonl' and n > size:
-        with open(path, 'rb') as f:
+        with open_regular(path) as f:
             cuts = [_line_after(f, place) for place in range(size, n, size)]
     borders = sorted({0, *cuts, n})
     return [Piece(name, path, a, b) for a, b in pairwise(borders)]
@@ -181,12 +182,11 @@ def _tokenizer(job:TokenJob)->Tokenizer:
 # %% ../../nbs/7I_data.tokenize.ipynb #places
 def _part(out:Path, number:int)->Path: return out/'work'/'parts'/f'{number:06}'
 def _record(out:Path, number:int)->Path: return out/'records'/f'{number:06}.json'
-def _read_json(path:Path): return json.loads(path.read_text(encoding='utf-8'))
 
 def _digest(piece:Piece)->str:
     "SHA-256 of the piece"
     found, left = hashlib.sha256(), piece.stop - piece.start
-    with open(piece.path, 'rb') as f:
+    with open_regular(piece.path) as f:
         f.seek(piece.start)
         while left > 0 and (data := f.read(min(left, 2**20))):
             found.update(data)
@@ -209,6 +209,44 @@ def tokenise_unit(job:TokenJob, unit:list[Piece], out:Path, number:int, digest:s
             'left_out': reading.left_out, 'problems': reading.problems}
     write_atomic(_record(out, number), json.dumps(text) + '\n')
 
+# %% ../../nbs/7I_data.tokenize.ipynb #record
+class _Input(TypedDict):
+    name:str
+    start:Count
+    stop:Count
+    bytes:Count
+    changed:int
+    sha256:Sha256
+
+class _Made(TypedDict):
+    documents:Count
+    tokens:Count
+    at:tuple[Count, Count, Count]       # where tokens, ends and accounts begin in the part
+
+class _Sides(TypedDict):
+    train:_Made
+    held_out:_Made
+
+class _Record(TypedDict):
+    job:str
+    inputs:list[_Input]
+    bytes:Count                         # of the part
+    sides:_Sides
+    left_out:dict[str, Count]
+    problems:list[str]
+
+def _read_record(out:Path, number:int)->_Record:
+    "Raises `UserError` if it is damaged, `OSError`"
+    path = _record(out, number)
+    found = read_json(path, _Record, RECORD_BYTES)
+    if all(_agrees(made, found['bytes']) for made in found['sides'].values()): return found
+    raise UserError(f'{path} is damaged: its counts do not agree with its bytes')
+
+def _agrees(made:_Made, n_bytes:int)->bool: # n_bytes: of the part
+    tokens, ends, accounts = made['at']
+    sizes = ends - tokens, accounts - ends
+    return sizes in [(size*made['tokens'], 16*made['documents']) for size in (2, 4)] and accounts <= n_bytes
+
 # %% ../../nbs/7I_data.tokenize.ipynb #is-done
 def _same_input(piece:Piece, found:dict)->bool:
     "Whether a piece is what was read"
@@ -218,16 +256,29 @@ def _same_input(piece:Piece, found:dict)->bool:
 
 def _is_done(out:Path, number:int, unit:list[Piece], digest:str, packed:bool)->bool:
     "Whether a unit has a record of this job and this input, and a part unless that was `packed`"
-    record, part = _record(out, number), _part(out, number)
-    if not record.exists(): return False
-    found = _read_json(record)
+    try:
+        found = _read_record(out, number)
+    except (FileNotFoundError, UserError):                  # one that cannot be read is of no job
+        return False
     if found['job'] != digest or len(found['inputs']) != len(unit): return False
-    if not packed and (not part.exists() or part.stat().st_size != found['bytes']): return False
+    if not packed and not _has_part(out, number, found): return False
     return all(map(_same_input, unit, found['inputs']))
+
+def _has_part(out:Path, number:int, record:_Record)->bool:
+    path = _part(out, number)
+    with suppress(UserError): return regular_size(path, path.parent) == record['bytes']
+    return False
 
 # %% ../../nbs/7I_data.tokenize.ipynb #cut
 def _ends(out:Path, number:int, made:dict)->np.ndarray: # (documents, 2): ends of tokens and of accounts
-    return np.memmap(_part(out, number), '<u8', 'r', made['at'][1], (made['documents'], 2))
+    "Raises `UserError` if the part is not what its record says"
+    path = _part(out, number)
+    found = np.memmap(path, '<u8', 'r', made['at'][1], (made['documents'], 2))
+    if found[-1, 0] == made['tokens'] and (found[1:] >= found[:-1]).all(): return found
+    raise _damaged(path)
+
+def _damaged(part)->UserError:
+    return UserError(f'{part} is damaged; remove it, and the same command makes it again')
 
 def _cut(out:Path,
          parts:list[dict], # what each part holds of one side
@@ -257,7 +308,7 @@ def _copy(f:BinaryIO, to:BinaryIO, start:int, stop:int):
     f.seek(start)
     while start < stop:
         data = f.read(min(2**20, stop - start))
-        if not data: raise UserError(f'{f.name} is cut off; remove the folder that it is in, and start again')
+        if not data: raise _damaged(f.name)
         to.write(data)
         start += len(data)
 
@@ -279,7 +330,9 @@ class _ShardWriter:
         self.index.write(shifted.astype('<u8').tobytes())
         f.seek(at[2] + account)
         for _ in range(first, stop):
-            name, n_bytes, told = f.readline().split(b'\t')
+            row = f.readline().split(b'\t')
+            if len(row) != 3 or not row[1].isdigit(): raise _damaged(f.name)
+            name, n_bytes, told = row
             self.ids.write(name + b'\n')
             self.provenance.add(told)
             self.made['bytes'] += int(n_bytes)
@@ -288,7 +341,16 @@ class _ShardWriter:
         _count((self.made['tokens'] - int(shifted[0]))*self.size + int(ends[stop - 1, 1]) - account)
 
 # %% ../../nbs/7I_data.tokenize.ipynb #pack-shard
+class _PackedShard(TypedDict):
+    shard:ShardEntry
+    files:dict[str, FileEntry]
+    provenance:dict[str, RowsEntry]
+
 def _packed(out:Path, side:str, number:int)->Path: return out/'work'/'packed'/f'{side}-{number:05}.json'
+
+def _read_packed(out:Path, side:str, number:int)->_PackedShard:
+    "Raises `UserError` if it is damaged, `OSError`"
+    return read_json(_packed(out, side, number), _PackedShard, 2**16)
 
 def pack_shard(job:TokenJob, out:Path, side:str, number:int, stretches:list)->tuple[str, int]: # side, number
     "Write a shard from its stretches of parts, and a record of it. Raises `UserError`, `OSError`"
@@ -297,7 +359,7 @@ def pack_shard(job:TokenJob, out:Path, side:str, number:int, stretches:list)->tu
     with ExitStack() as stack:
         shard = _ShardWriter(path, size, stack)
         for part, first, stop in stretches:
-            made = _read_json(_record(out, part))['sides'][side]
+            made = _read_record(out, part)['sides'][side]
             with open(_part(out, part), 'rb') as f:
                 shard.take(f, made['at'], _ends(out, part, made), first, stop)
         told = shard.provenance.finish()
@@ -343,13 +405,13 @@ def _round(work:Callable, items:list, workers:int, bar)->Iterator:
 # %% ../../nbs/7I_data.tokenize.ipynb #make-parts
 def _make_parts(job:TokenJob, out:Path, units:list, digest:str, workers:int, progress:bool):
     "The first round. Raises `UserError` if shards were published and an input has changed since"
-    plan, published = out/'work'/'plan.json', any((out/side).exists() for side in SIDES)
+    published, stands = [side for side in SIDES if (out/side).exists()], _plan_stands(out, len(units))
     def missing(packed): return [i for i, u in enumerate(units) if not _is_done(out, i, u, digest, packed)]
-    todo = missing(plan.exists() or published)
+    todo = missing(stands or published)
     if todo and published:
-        raise UserError(f'{units[todo[0]][0].path} has changed since the shards in {out} were written; '
-                        'choose another folder, or remove that one')
-    if todo and plan.exists():                                    # parts may be gone
+        raise UserError(f'{units[todo[0]][0].path} has changed since the shards in {out} were written, or '
+                        f'{_record(out, todo[0])} has; choose another folder, or remove that one')
+    if (todo or not stands) and len(published) < len(SIDES):      # parts may be gone
         _forget(out, ('plan.json', 'packed', *SIDES))
         todo = missing(False)
     size = [sum(p.stop - p.start for p in unit) for unit in units]
@@ -376,9 +438,9 @@ def _check_whole(reading:Reading):
 
 def _plan(job:TokenJob, out:Path, n_units:int)->dict: # side -> its shards, as in `_cut`
     "Which documents stand in which shard. Raises `UserError` if a side has none; then nothing stays"
-    path = out/'work'/'plan.json'
-    if path.exists(): return _read_json(path)
-    made = [_read_json(_record(out, i))['sides'] for i in range(n_units)]
+    path = _plan_path(out)
+    if path.exists(): return _read_plan(out)
+    made = [_read_record(out, i)['sides'] for i in range(n_units)]
     try:
         check_sides(*(sum(m[side]['documents'] for m in made) for side in SIDES), job.held_out)
     except UserError:
@@ -388,14 +450,49 @@ def _plan(job:TokenJob, out:Path, n_units:int)->dict: # side -> its shards, as i
     write_atomic(path, json.dumps(plan) + '\n')
     return plan
 
+# %% ../../nbs/7I_data.tokenize.ipynb #plan-stands
+_Stretches = list[tuple[Count, Count, Count]]           # part, first document, end
+
+class _Plan(TypedDict):
+    train:list[_Stretches]
+    held_out:list[_Stretches]
+
+def _plan_path(out:Path)->Path: return out/'work'/'plan.json'
+def _read_plan(out:Path)->_Plan: return read_json(_plan_path(out), _Plan, 2**30)
+
+def _plan_stands(out:Path, n_units:int)->bool:
+    "Whether there is a plan that fits the records, with all that it still needs"
+    with suppress(FileNotFoundError, UserError):
+        plan, units = _read_plan(out), [_read_record(out, i) for i in range(n_units)]
+        made = {side: [unit['sides'][side]['documents'] for unit in units] for side in SIDES}
+        fits = all(_covers(plan[side], made[side]) for side in SIDES)
+        return fits and all(_is_ready(out, side, i, shard, units)
+                            for side in SIDES for i, shard in enumerate(plan[side]))
+    return False
+
+def _covers(shards:list[_Stretches], documents:list[int])->bool:
+    "Whether each document of each part stands in one shard"
+    seen = [0]*len(documents)
+    for part, first, stop in chain(*shards):
+        if part >= len(seen) or seen[part] != first or stop <= first: return False
+        seen[part] = stop
+    return seen == documents
+
+def _is_ready(out:Path, side:str, number:int, shard:_Stretches, units:list[_Record])->bool:
+    "Whether a shard is packed, or can be. Raises `UserError` if its record is damaged"
+    if not _packed(out, side, number).exists(): return all(_has_part(out, n, units[n]) for n, _, _ in shard)
+    return bool(_read_packed(out, side, number))
+
 # %% ../../nbs/7I_data.tokenize.ipynb #pack-all
 def _pack(job:TokenJob, out:Path, plan:dict, workers:int, progress:bool):
     "The second round; parts go when their last shard is there. Held-out shards first: they need all parts"
     shards = [(side, i) for side in reversed(SIDES) for i in range(len(plan[side]))]
     todo = [(side, i) for side, i in shards if not _packed(out, side, i).exists()]
     waiting = Counter(part for side, i in todo for part, _, _ in plan[side][i])
+    needed = {_part(out, number) for number in waiting}
+    _part(out, 0).parent.mkdir(exist_ok=True)
     for part in _part(out, 0).parent.iterdir():
-        if part.suffix == '.tmp' or not waiting[int(part.name)]: part.unlink()
+        if part not in needed: remove(part)
     total = sum(part.stat().st_size for part in _part(out, 0).parent.iterdir())
     items = [(job, out, side, i, plan[side][i]) for side, i in todo]
     bar = _bar('pack', total, 0, progress and bool(todo))
@@ -408,7 +505,7 @@ def _pack(job:TokenJob, out:Path, plan:dict, workers:int, progress:bool):
 def _publish(job:TokenJob, out:Path, side:str, n_shards:int):
     "Give the shards of a side their manifest, and their name"
     if (out/side).exists(): return
-    building, records = out/'work'/side, [_read_json(_packed(out, side, i)) for i in range(n_shards)]
+    building, records = out/'work'/side, [_read_packed(out, side, i) for i in range(n_shards)]
     tokenizer, model = _tokenizer(job), building/'tokenizer.model'
     shutil.copyfile(tokenizer.path, model)
     files = {name: about for record in records for name, about in record['files'].items()}
@@ -491,7 +588,7 @@ def _claim(out:Path, job:TokenJob, files:list, redo:bool)->str: # digest of the 
 def _reading(job:TokenJob, out:Path, files:list, units:list)->Reading:
     "What was read and left out, of all units"
     total = Reading(job.skip_bad, len(files))
-    for found in (_read_json(_record(out, i)) for i in range(len(units))):
+    for found in (_read_record(out, i) for i in range(len(units))):
         n_documents = sum(side['documents'] for side in found['sides'].values())
         total.add(found['left_out'], found['problems'], n_documents)
     return total
@@ -545,12 +642,16 @@ def _publish_joined(out:Path, tokenizer, limit:int, shards:list, files:dict, tol
         write_manifest(building, tokenizer, limit, shards, files, provenance=told)
 
 # %% ../../nbs/7I_data.tokenize.ipynb #join-data
+class _Job(TypedDict):
+    held_out:float
+
 def join_data(folders:list, # each with `train` and `held_out`
               out
              )->dict[str, TokenShards]: # by side
     "Join results of `tokenise`. Raises `UserError` if they do not belong together"
     folders, out = [Path(f) for f in folders], Path(out)
-    told = [_read_json(f/'job.json')['held_out'] for f in folders if (f/'job.json').exists()]
+    told = [read_json(f/'job.json', _Job, RECORD_BYTES)['held_out'] for f in folders
+            if (f/'job.json').exists()]
     if len({*told}) > 1:
         shares = ', '.join(map(str, told))
         raise UserError(f'these folders hold out different shares of the documents ({shares}); '

@@ -10,11 +10,12 @@ __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOS
            'step_time', 'tokens_to_hide', 'Published', 'published_rows']
 
 # %% ../../nbs/81_scale.cluster.ipynb #imports
-import csv, math
+import csv, io, math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 from ..settings import RunConfig, degrees
 from ..core import UserError, choose
+from ..untrusted import read_bounded
 
 # %% ../../nbs/81_scale.cluster.ipynb #gpu
 @dataclass(frozen=True)
@@ -488,7 +489,7 @@ def _published(row:dict)->Published:
 def published_rows(path)->list[Published]:
     "The rows of a file like benchmarks/published_throughput.csv. Raises `UserError` for one that is not"
     try:
-        with open(path, newline='', encoding='utf-8') as f:
-            return [_published(row) for row in csv.DictReader(f)]
+        text = read_bounded(path, 2**22).decode('utf-8')
+        return [_published(row) for row in csv.DictReader(io.StringIO(text, newline=''))]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f'{path} is no file of published rows: {type(e).__name__} {e}') from e

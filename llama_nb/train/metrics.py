@@ -20,7 +20,7 @@ from torch import Tensor
 from ..settings import RunConfig
 from ..core import UserError
 from ..files import write_atomic
-from ..untrusted import Count, open_regular
+from ..untrusted import Count, open_regular, read_bounded
 
 # %% ../../nbs/64_train.metrics.ipynb #read-metrics
 def read_metrics(path)->list[dict]: # one dict per step
@@ -245,7 +245,7 @@ def _news(row:dict)->dict:
 def _wandb_name(folder:Path)->dict: # arguments of `wandb.init`
     "The id that the folder holds; where it holds none, a new one, and the folder's name"
     path = folder/'wandb-id'
-    if path.exists(): return {'id': path.read_text(encoding='utf-8').strip()}
+    if path.exists(): return {'id': read_bounded(path, 2**10, folder).decode('utf-8', 'replace').strip()}
     write_atomic(path, secrets.token_hex(4) + '\n')
     return {'id': path.read_text(encoding='utf-8').strip(), 'name': folder.name}
 
