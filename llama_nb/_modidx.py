@@ -2601,6 +2601,7 @@ d = { 'settings': { 'branch': 'main',
                                     'llama_nb.untrusted.check_inside': ('untrusted.html#check_inside', 'llama_nb/untrusted.py'),
                                     'llama_nb.untrusted.decode_json': ('untrusted.html#decode_json', 'llama_nb/untrusted.py'),
                                     'llama_nb.untrusted.open_regular': ('untrusted.html#open_regular', 'llama_nb/untrusted.py'),
+                                    'llama_nb.untrusted.printable': ('untrusted.html#printable', 'llama_nb/untrusted.py'),
                                     'llama_nb.untrusted.read_bounded': ('untrusted.html#read_bounded', 'llama_nb/untrusted.py'),
                                     'llama_nb.untrusted.read_json': ('untrusted.html#read_json', 'llama_nb/untrusted.py'),
                                     'llama_nb.untrusted.regular_size': ('untrusted.html#regular_size', 'llama_nb/untrusted.py')}}}

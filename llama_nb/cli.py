@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Annotated
 import tyro
 from . import __version__
-from .config import check_fields
-from .settings import degrees
-from .flags import parse_flags
-from .run_file import load_run, named_step, read_toml
-from .config import setting
-from .flags import take_flag
+from .config import check_fields, setting
 from .core import UserError, choose, is_temporary, pick_device
-from .untrusted import read_bounded
+from .flags import parse_flags, take_flag
+from .run_file import load_run, named_step, read_toml
+from .settings import degrees
+from .untrusted import printable, read_bounded
 
 # %% ../nbs/92_cli.ipynb #names
 # words without a flag, and files behind one, by the names that a help text has for them
@@ -251,7 +249,7 @@ def print_span(loader,    # a Loader
     print(f'{source and source + ", "}epoch {epoch}, ', end='')
     print(f'tokens {start:,} to {end:,}, documents {first} to {last}')
     print_provenance(shards, start, loader.seq_len)
-    print(tokenizer.decode(loader.read(span).tolist()))
+    print(printable(tokenizer.decode(loader.read(span).tolist()), keep='\n\t'))
 
 def print_provenance(shards, start:int, length:int):
     "Print where the documents of a stretch of tokens come from; it may go over the end of the stream"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'Sha256', 'PlainName', 'InnerName', 'open_regular', 'check_inside', 'regular_size', 'read_bounded',
-           'decode_json', 'read_json']
+           'decode_json', 'read_json', 'printable']
 
 # %% ../nbs/97_untrusted.ipynb #imports
 import errno, json, math, os, re, stat
@@ -129,3 +129,12 @@ def read_json(path,
              ):            # an instance of `kind`
     "A small JSON file. Raises `UserError` as `read_bounded` and `decode_json`; `OSError` if it is unreadable"
     return decode_json(read_bounded(path, limit, folder), kind, f'{path}')
+
+# %% ../nbs/97_untrusted.ipynb #printable
+_CONTROLS = {i: ascii(chr(i))[1:-1] for i in (*range(32), *range(127, 160))}
+
+def printable(text:str,
+              keep:str='', # control characters that stay
+             )->str:
+    "The text with its control characters escaped, for a terminal"
+    return text.translate({i: shown for i, shown in _CONTROLS.items() if chr(i) not in keep})

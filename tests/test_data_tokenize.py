@@ -388,6 +388,16 @@ def test_decisions_of_a_user_may_be_anything(tokenizer, tmp_path, decisions, cap
     made, _ = tokenise(tmp_path/'in.jsonl', tokenizer, tmp_path/'out', .1, workers=1)
     assert '0' in provenance_text(provenance(made['train'], 0))
 
+def test_names_of_documents_write_nothing_into_a_terminal(tokenizer, tmp_path):
+    names = 'clear\x1b[2J', 'over\rwrite', 'two\nlines', 'csi\x9b31m'
+    docs = [Document('a text', n, url=n, metadata={'decisions': [[n, 0, n, '']]}) for n in names]
+    write_jsonl(docs, tmp_path/'in.jsonl')
+    made, _ = tokenise(tmp_path/'in.jsonl', tokenizer, tmp_path/'out', .25, workers=1)
+    shards = made['train']
+    for place in range(shards.n_tokens):
+        said = provenance_text(provenance(shards, place))
+        assert len(said.split('\n')) == 2 and said.replace('\n', '').isprintable(), said
+
 # --- joined --------------------------------------------------------------------------------------
 
 @pytest.fixture

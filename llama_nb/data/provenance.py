@@ -14,7 +14,7 @@ import numpy as np
 from ..core import UserError
 from .documents import Document
 from .shards import TokenShards
-from ..untrusted import decode_json, open_regular
+from ..untrusted import decode_json, open_regular, printable
 
 # %% ../../nbs/7J_data.provenance.ipynb #row
 def provenance_row(doc:Document,
@@ -117,7 +117,7 @@ def provenance_text(found:Provenance)->str:
              'language': found.language}
     told = ', '.join(f'{key} {value}' for key, value in about.items() if value)
     lines = [f'{found.document}: tokens {found.start:,} to {found.stop - 1:,}, {told}']
-    return '\n'.join([*lines, *map(_decision_text, found.decisions)])
+    return '\n'.join(map(printable, [*lines, *map(_decision_text, found.decisions)]))
 
 def _decision_text(decision)->str:
     try:
