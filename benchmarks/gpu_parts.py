@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from llama_nb.config import ModelConfig
-from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
-from llama_nb.model.kernels import backend_problem, backend_report
 from llama_nb.core import UserError, pick_dtype
+from llama_nb.model.kernels import backend_problem, backend_report
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.memory import memory_per_rank
+from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
 from llama_nb.train.trainer import Trainer, start_run, train_step
 

@@ -8,10 +8,10 @@ from unittest.mock import patch
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from llama_nb.config import ModelConfig
-from llama_nb.run_file import dump_run
 from llama_nb.data.shards import TokenShards
 from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.processes import stop_ranks
+from llama_nb.run_file import dump_run
 from llama_nb.train import trainer as loop
 from llama_nb.train.checkpoint import list_checkpoints, load_checkpoint
 from llama_nb.train.optim import make_optimizer

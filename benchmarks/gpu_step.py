@@ -10,11 +10,11 @@ from collections import Counter
 import torch
 from torch import nn
 from llama_nb.config import ModelConfig
-from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.core import UserError
 from llama_nb.model.kernels import pick_backend
 from llama_nb.model.transformer import LLaMA
 from llama_nb.scale.flops import device_peak, hfu, linear_shapes, measure_matmul_peak, mfu
+from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.run import compile_model

@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from llama_nb.config import ModelConfig
-from llama_nb.settings import OptimConfig
 from llama_nb.model.transformer import LLaMA
-from llama_nb.parallel.mesh import total
 from llama_nb.parallel.data import apply_data_parallel, materialize
-from llama_nb.parallel.mesh import data_rank, make_mesh
+from llama_nb.parallel.mesh import data_rank, make_mesh, total
 from llama_nb.parallel.processes import run_ranks
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
+from llama_nb.settings import OptimConfig
 from llama_nb.train.optim import clip_grad_norm, make_optimizer
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.trainer import accumulate

@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from .config import PRESETS
-from .settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from .core import UserError
-from .files import write_atomic
 from .data.documents import split_documents, stdlib_documents, topic_documents
 from .data.loader import Loader
 from .data.mixture import Mixture
 from .data.shards import TokenShards, write_shards
 from .data.tokenizer import Tokenizer, train_tokenizer
+from .files import write_atomic
 from .infer.evaluate import add_scores, score_sources
 from .infer.generate import generate
+from .settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from .train.loss import bits_per_byte, zlib_bits_per_byte
 from .train.trainer import fit, start_run
 

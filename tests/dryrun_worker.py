@@ -4,10 +4,10 @@ import json, os, sys, traceback
 from dataclasses import replace
 import torch
 from llama_nb.config import ModelConfig
-from llama_nb.settings import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from llama_nb.run_file import load_run
 from llama_nb.core import UserError
+from llama_nb.run_file import load_run
 from llama_nb.scale.dryrun import dry_step
+from llama_nb.settings import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 
 RESIZE = torch.UntypedStorage.resize_                        # a dry run replaces it, and puts it back
 MODEL = ModelConfig(512, 6, 8, vocab_size=2560, multiple_of=64, max_seq_len=512)

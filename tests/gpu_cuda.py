@@ -3,13 +3,13 @@ Skipped where there is no GPU."""
 from contextlib import contextmanager
 import pytest, torch
 from llama_nb.config import ModelConfig
-from llama_nb.settings import OptimConfig
+from llama_nb.model.chunked_loss import chunked_loss_sum
 from llama_nb.model.kernels import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
-from llama_nb.model.chunked_loss import chunked_loss_sum
+from llama_nb.settings import OptimConfig
 from llama_nb.train.loss import loss_sum
-from llama_nb.train.optim import clip_grad_norm, make_optimizer
 from llama_nb.train.metrics import StepInFlight
+from llama_nb.train.optim import clip_grad_norm, make_optimizer
 
 if not torch.cuda.is_available(): pytest.skip('no GPU', allow_module_level=True)
 CUDA = torch.device('cuda')

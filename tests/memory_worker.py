@@ -12,13 +12,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from llama_nb.config import ModelConfig
-from llama_nb.settings import degrees
-from llama_nb.run_file import load_run
 from llama_nb.model import transformer
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.tensor import apply_tensor_parallel
+from llama_nb.run_file import load_run
+from llama_nb.settings import degrees
 from llama_nb.train.optim import make_optimizer
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.state import prepare_optimizer

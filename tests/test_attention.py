@@ -13,7 +13,6 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from llama_nb.config import ModelConfig
-from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.data.loader import batch_borders
 from llama_nb.model import kernels
@@ -22,6 +21,7 @@ from llama_nb.model.transformer import LLaMA, document_positions, init_weights
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
+from llama_nb.run_file import load_run
 from llama_nb.train.recompute import apply_recompute, recompute_selective
 from llama_nb.train.trainer import accumulate, start_run, train_step
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 import pytest
 from conftest import ask
-from llama_nb.run_file import load_run
 from llama_nb.core import UserError
+from llama_nb.run_file import load_run
 from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, StepJob, Layout, Shape,
                                     collectives, job_of, job_time, matmul_seconds, published_rows, step_time,
                                     tokens_to_hide)

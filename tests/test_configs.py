@@ -3,9 +3,9 @@ import json, re, subprocess, sys
 from pathlib import Path
 import pytest
 from llama_nb.config import PRESETS
-from llama_nb.settings import degrees
 from llama_nb.run_file import load_run
 from llama_nb.scale.memory import memory_line, memory_per_rank
+from llama_nb.settings import degrees
 from llama_nb.toy import toy_config
 from conftest import ENV, variant
 
@@ -57,12 +57,12 @@ BUILD = """
 import json, sys, torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from llama_nb.settings import degrees
-from llama_nb.run_file import load_run
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.data import apply_data_parallel
 from llama_nb.parallel.mesh import data_rank, make_mesh
 from llama_nb.parallel.tensor import apply_tensor_parallel
+from llama_nb.run_file import load_run
+from llama_nb.settings import degrees
 path, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=world)
 run = load_run(path)

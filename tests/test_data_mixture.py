@@ -344,8 +344,8 @@ def test_data_show_says_what_a_mixture_holds(mixed, sources, capsys):
 
 def mixture_worker(path):
     "The first tokens of this rank's part of a batch, opened as the trainer does"
-    from llama_nb.run_file import load_run
     from llama_nb.parallel.mesh import on_all_ranks, rank_and_size
+    from llama_nb.run_file import load_run
     from llama_nb.train.trainer import open_data
     loader, _ = on_all_ranks(lambda: open_data(load_run(path)))
     return {'rows': loader.batch(5, *rank_and_size())[0].tolist()}

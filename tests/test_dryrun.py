@@ -3,9 +3,9 @@ import os
 from pathlib import Path
 import pytest
 from conftest import ask, variant
+from llama_nb.core import UserError
 from llama_nb.flags import take_flag
 from llama_nb.run_file import load_run
-from llama_nb.core import UserError
 from llama_nb.scale.dryrun import dry_run_command, ranks_of
 from llama_nb.scale.memory import buffer_bytes
 from dryrun_worker import MODEL, small

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from conftest import ENV, ROOT, metrics, run_ranks
 from llama_nb import cli
-from llama_nb.settings import setting_names
-from llama_nb.run_file import load_run
 from llama_nb.core import TemporaryError, UserError
 from llama_nb.parallel import mesh, processes
 from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_and_size
 from llama_nb.parallel.processes import host_group, start_ranks
+from llama_nb.run_file import load_run
+from llama_nb.settings import setting_names
 from llama_nb.train import checkpoint, console, metrics as log, trainer
 from llama_nb.train.guards import SpikeGuard, collective_seconds
 

@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT, metrics
 from llama_nb import cli
 from llama_nb.config import PRESETS
-from llama_nb.settings import RunConfig, setting_names
-from llama_nb.flags import parse_flags
-from llama_nb.run_file import batch_for, load_run
 from llama_nb.core import UserError
 from llama_nb.data.mixture import text_facts, write_mixture
 from llama_nb.data.shards import TokenShards
+from llama_nb.flags import parse_flags
+from llama_nb.run_file import batch_for, load_run
+from llama_nb.settings import RunConfig, setting_names
 from llama_nb.train import first_run
 from llama_nb.train.first_run import SIZES, Text, choose_size, draft, find_text
 

@@ -5,8 +5,8 @@ import pytest
 from conftest import ENV, command, metrics
 from fork_server import Program
 from llama_nb import cli
-from llama_nb.run_file import load_run
 from llama_nb.core import UserError
+from llama_nb.run_file import load_run
 from llama_nb.scale.memory import memory_per_rank
 from llama_nb.train import launch
 from llama_nb.train.check import check_run

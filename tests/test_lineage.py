@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from llama_nb.cli import main
-from llama_nb.run_file import load_run
 from llama_nb.files import file_digest
+from llama_nb.run_file import load_run
 from conftest import RUN, metrics, numbers, variant
 
 WSD = ('--optim.schedule', 'wsd', '--optim.decay_fraction', .25)

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from llama_nb.cli import main
 from llama_nb.config import PRESETS, ModelConfig
-from llama_nb.settings import degrees
-from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.data.mixture import text_facts
+from llama_nb.run_file import load_run
 from llama_nb.scale.cluster import GPUS, Cluster, step_time
 from llama_nb.scale.layout import check_layout, fastest, fits, laid_out, layouts, peak_bytes, ways_out
 from llama_nb.scale.memory import memory_per_rank
 from llama_nb.scale.plan import PLACES, model_run, plan, report, sized, whole_number
+from llama_nb.settings import degrees
 
 ROOT = Path(__file__).resolve().parent.parent
 A100 = GPUS['A100-80GB']

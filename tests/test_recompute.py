@@ -2,12 +2,12 @@
 import pytest, torch
 from conftest import variant
 from llama_nb.config import ModelConfig
-from llama_nb.settings import RECOMPUTE_MODES
+from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.run_file import load_run
+from llama_nb.settings import RECOMPUTE_MODES
 from llama_nb.train.loss import next_token_loss
 from llama_nb.train.recompute import RECOMPUTE, apply_recompute
 from llama_nb.train.trainer import start_run, train_step
-from llama_nb.model.transformer import LLaMA, init_weights
 
 def three_steps(path, *settings):
     "Losses and gradient norms of three steps, and the weights after them"

@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from conftest import run_ranks
 import llama_nb.train.sharded as pieces
 from llama_nb.config import ModelConfig
-from llama_nb.settings import OptimConfig
 from llama_nb.core import is_temporary
 from llama_nb.model.transformer import LLaMA
 from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.processes import rank_main
 from llama_nb.parallel.tensor import apply_tensor_parallel
+from llama_nb.settings import OptimConfig
 from llama_nb.train.checkpoint import (Saver, consolidate, latest_checkpoint, list_checkpoints,
                                        load_checkpoint, load_into, lock_folder, save_checkpoint)
 from llama_nb.train.optim import make_optimizer

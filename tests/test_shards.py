@@ -59,9 +59,9 @@ def looks_at(folder, call):
 
 def opening_worker(path, folder):
     "Open the data of a run as the trainer does; looks at files, and what was said"
-    from llama_nb.run_file import load_run
     from llama_nb.core import UserError
     from llama_nb.parallel.mesh import on_all_ranks
+    from llama_nb.run_file import load_run
     from llama_nb.train.trainer import open_data
     def opened():
         try:
@@ -129,10 +129,10 @@ def test_the_size_of_a_shard_is_a_setting(tmp_path, tokens, llama_nb):
 
 def test_a_file_server_that_fails_is_temporary(tmp_path, monkeypatch):
     "Exit codes follow the cause of what is raised: an input/output error may pass, a missing file not"
-    from llama_nb.run_file import load_run
     from llama_nb.core import UserError, is_temporary
     from llama_nb.data.shards import TokenShards
     from llama_nb.data.tokenizer import Tokenizer
+    from llama_nb.run_file import load_run
     openers = TokenShards, Tokenizer, load_run
     for opener in openers:
         with pytest.raises(UserError) as missing: opener(tmp_path/'nothing')

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hostile import DEEP, HUGE, IN_PLACE, one_line, refused
 from llama_nb.config import PRESETS
-from llama_nb.run_file import load_run
 from llama_nb.core import UserError
 from llama_nb.data.documents import Document
 from llama_nb.data.loader import Loader
 from llama_nb.data.shards import TokenShards, write_shards
 from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
 from llama_nb.files import file_digest
+from llama_nb.run_file import load_run
 from llama_nb.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from llama_nb.train.state import random_state, run_state, set_random_state
 
@@ -308,8 +308,8 @@ def test_a_run_file_that_lies(tmp_path, text):
 def test_a_model_that_this_machine_cannot_hold():
     "Said before anything is allocated"
     from dataclasses import replace
-    from llama_nb.train.run import check_memory
     from llama_nb.settings import DataConfig, RunConfig, TrainConfig
+    from llama_nb.train.run import check_memory
     cpu = torch.device('cpu')
     config = RunConfig('x', PRESETS['65B'], DataConfig('x', batch_size=64), TrainConfig(steps=9000))
     assert 'needs 1,045 GB per rank' in refused(lambda: check_memory(config, cpu, 1, 1))

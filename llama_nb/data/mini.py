@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import tomli_w
 from ..config import PRESETS
-from ..run_file import read_toml
 from ..core import UserError
+from ..run_file import read_toml
 from .classify import (LANGUAGE_MODEL, FastTextRules, ReferenceRules, reference_examples,
                                     train_classifier)
 from .corpus import SOURCES, Models, clean_source, find_files

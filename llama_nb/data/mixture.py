@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import tomli_w
-from ..run_file import read_toml
 from ..core import UserError, choose
 from .loader import Loader, Span, check_length, permute
 from .shards import TokenShards, read_across, token_dtype
 from .stage import choice
 from ..files import bytes_digest, write_atomic
+from ..run_file import read_toml
 
 # %% ../../nbs/7F_data.mixture.ipynb #table-one
 TABLE_1 = {'CommonCrawl': (67.0, 1.10, 3300),   # percent of what is drawn, epochs at 1.4T, GB: published

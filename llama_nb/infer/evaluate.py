@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..settings import RunConfig
-from ..run_file import load_run
 from ..core import UserError, is_temporary, pick_device, pick_dtype
 from ..data.loader import batch_borders
 from ..data.mixture import Mixture, open_tokens
@@ -25,6 +23,8 @@ from ..data.shards import TokenShards, write_shards
 from ..data.sources import read_documents
 from ..data.tokenizer import Tokenizer
 from .load import load_model, named_or_newest, run_folder
+from ..run_file import load_run
+from ..settings import RunConfig
 from ..train.checkpoint import list_checkpoints, read_state
 from ..train.loss import bits_per_byte, zlib_bits_per_byte
 from ..train.sharded import CheckpointError

@@ -10,10 +10,10 @@ import math, sys
 from pathlib import Path
 import torch
 from ..config import ModelConfig
-from ..run_file import load_run
 from ..core import UserError, pick_device
 from ..data.tokenizer import Tokenizer
 from ..model.transformer import LLaMA
+from ..run_file import load_run
 from ..train.checkpoint import check_finite, latest_checkpoint, list_checkpoints, load_checkpoint
 from ..train.sharded import CheckpointError, check_fit, read_index
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from ..settings import ParallelConfig
 from ..core import TemporaryError, UserError, is_temporary
 from ..private import set_group_timeout
+from ..settings import ParallelConfig
 
 # %% ../../nbs/50_parallel.mesh.ipynb #rank-and-size
 def rank_and_size(group=None # of all ranks if None

@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from ..settings import check_tensor_degree
 from ..core import UserError, to_autocast
 from ..model.chunked_loss import sum_over_chunks
 from ..model.norm import rmsnorm
 from ..model.transformer import LLaMA
 from ..private import COLLECTIVES, send_while_multiplying
+from ..settings import check_tensor_degree
 
 # %% ../../nbs/51_parallel.tensor.ipynb #gains
 class _SharedNorm(ParallelStyle):

@@ -13,8 +13,8 @@ __all__ = ['GPUS', 'STACKS', 'REPEATED', 'CONSTANTS', 'ATTENTION', 'CHEAP', 'LOS
 import csv, io, math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-from ..settings import RunConfig, degrees
 from ..core import UserError, choose
+from ..settings import RunConfig, degrees
 from ..untrusted import read_bounded
 
 # %% ../../nbs/81_scale.cluster.ipynb #gpu

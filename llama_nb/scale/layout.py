@@ -9,10 +9,10 @@ __all__ = ['MODES', 'USABLE', 'divisors', 'laid_out', 'layouts', 'check_layout',
 import json, math
 from collections.abc import Iterator
 from dataclasses import replace
-from ..settings import RunConfig, degrees
 from ..core import UserError, choose
 from .cluster import GPUS, Cluster, step_time
 from .memory import memory_per_rank
+from ..settings import RunConfig, degrees
 
 # %% ../../nbs/83_scale.layout.ipynb #layouts
 MODES = 'none', 'linear', 'full'   # of recompute, whose memory is known before anything is compiled

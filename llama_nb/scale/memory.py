@@ -7,8 +7,8 @@ __all__ = ['number_bytes', 'kept_bytes', 'memory_instants', 'memory_per_rank', '
            'host_bytes']
 
 # %% ../../nbs/80_scale.memory.ipynb #imports
-from ..settings import RunConfig, degrees
 from ..core import UserError
+from ..settings import RunConfig, degrees
 
 # %% ../../nbs/80_scale.memory.ipynb #kept-bytes
 # mode: stream, gathered, heads, wide

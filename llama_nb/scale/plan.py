@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from ..config import PRESETS, ModelConfig, check_fields, setting
-from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig, degrees
-from ..flags import parse_flags
-from ..run_file import dump_run, load_run, read_toml
 from ..core import UserError, choose
 from ..files import replacing, write_atomic
+from ..flags import parse_flags
+from ..run_file import dump_run, load_run, read_toml
 from .cluster import GPUS, Cluster, step_time
+from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig, degrees
 from .cost import (GPU_HOURS_PER_FAILURE, Reliability, advised_interval, carbon_tons,
                                  energy_mwh)
 from .layout import (USABLE, check_layout, fastest, laid_out, layouts, peak_bytes, ways_out)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ..settings import RunConfig, degrees
 from ..core import UserError
 from ..scale.layout import USABLE
 from ..scale.memory import memory_line, memory_per_rank
+from ..settings import RunConfig, degrees
 from .lineage import check_begun, settle_start
 from .run import check_settings, open_data, settle_dtype
 

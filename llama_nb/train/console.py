@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
-from ..settings import RunConfig
 from ..core import UserError
 from ..files import write_atomic
 from ..scale.flops import device_peak
+from ..settings import RunConfig
 from .loss import bits_per_byte
 
 # %% ../../nbs/68_train.console.ipynb #start-lines

@@ -14,14 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 import tomli_w, torch
 from ..config import PRESETS
-from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig
-from ..run_file import batch_for
 from ..core import UserError, choose, pick_device, pick_dtype
 from ..data.mixture import open_tokens
 from ..files import write_atomic
+from ..run_file import batch_for
 from ..scale.flops import flops_per_token, linear_shapes, measure_matmul_peak
 from ..scale.layout import USABLE
 from ..scale.memory import memory_per_rank
+from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from .host import judge_matmul, prepare_host
 from .optim import clip_grad_norm, make_optimizer
 from .run import build_model, device_memory

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import tomli_w, torch
 from ..config import ModelConfig
-from ..settings import LATE_SETTINGS, RunConfig, changes, differences
-from ..run_file import load_run, named_step
-from ..run_file import read_origin, read_toml
 from ..core import UserError
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..files import file_digest, write_atomic
 from ..model.transformer import LLaMA
 from ..parallel.mesh import on_all_ranks
+from ..run_file import load_run, named_step, read_origin, read_toml
+from ..settings import LATE_SETTINGS, RunConfig, changes, differences
 from .checkpoint import check_finite, list_checkpoints, load_into, step_of
 from .metrics import read_metrics
 from .optim import learning_rate

@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from ..settings import RunConfig
 from ..core import UserError
 from ..files import write_atomic
+from ..settings import RunConfig
 from ..untrusted import Count, open_regular, read_bounded
 
 # %% ../../nbs/64_train.metrics.ipynb #read-metrics

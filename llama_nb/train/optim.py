@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
-from ..settings import OptimConfig
 from ..core import UserError, choose
+from ..settings import OptimConfig
 
 # %% ../../nbs/31_train.optim.ipynb #make-optimizer
 def make_optimizer(model:nn.Module,    # its parameters stand where they will be trained
