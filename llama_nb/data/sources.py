@@ -84,6 +84,7 @@ def _walk(folder:Path, report:Report,
 
 def _is_file(path:Path, report:Report)->bool:
     "Whether there is a file that may be read; anything else is reported"
+    if not os.path.lexists(path): raise UserError(f'there is no file {path}')
     why = 'is no plain file'
     if path.is_file(): why = _why_not(path)
     elif path.is_symlink() and not path.exists(): why = 'is a link to nothing'

@@ -35,7 +35,7 @@ class _Row(TypedDict):
     held_out_loss:NotRequired[float]
 
 _Values = dict[str, int | float | str | bool | None]
-_LINE = 2**16                                               # bytes; a row has some 300
+_LINE, _LOG = 2**16, 2**32                                  # bytes of a row and of all; a row has some 300
 
 def _row(line:bytes)->dict|None: # None if it is none
     try:
@@ -49,6 +49,7 @@ def _row(line:bytes)->dict|None: # None if it is none
 def _read_rows(path)->tuple[list[dict], int]: # the rows, and how many lines are none
     rows, bad, whole = [], 0, True
     with suppress(FileNotFoundError), open_regular(path) as f:
+        if os.fstat(f.fileno()).st_size > _LOG: raise UserError(f'{path} is larger than any log')
         while line := f.readline(_LINE):
             begins, whole = whole, line.endswith(b'\n')
             row = _row(line) if begins and whole else None
