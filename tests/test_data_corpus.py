@@ -301,7 +301,8 @@ def test_names_of_files_from_all_over_the_world(tmp_path):
     os.mkfifo(pipe)
     os.symlink(tmp_path/'in', loop)
     for odd in (loop, pipe):                                # the folders' turn comes first
-        with pytest.raises(UserError, match=f'{odd} is .*take it out'): find_files('documents', [tmp_path/'in'])
+        with pytest.raises(UserError, match=f'{odd} is .*take it out'):
+            find_files('documents', [tmp_path/'in'])
         odd.unlink()
     os.symlink(tmp_path/'in'/'plain.jsonl', tmp_path/'in'/'twice.jsonl')
     files = find_files('documents', [tmp_path/'in', tmp_path/'in'/'*.jsonl', tmp_path/'in'/'[a].jsonl'])
