@@ -8,6 +8,7 @@ more, or by one part in ten thousand. A cell whose output depends on more than t
   #| varies python    texts of Python itself: compared on the Python named below, elsewhere only the kind
 
 A difference fails where the pages were made (MADE_WITH, Linux x86-64, no GPU), and is one line elsewhere.
+Many pages read Python's own sources, which change with its last number, too.
 
 Ranks that a page starts with `run_ranks` are forked from a process that has imported PyTorch, as those of the
 tests are; those of the page that writes `run_ranks` and of the launchers' pages start the usual way."""
@@ -85,7 +86,7 @@ def must_agree():
     if (platform.system(), platform.machine()) != ('Linux', 'x86_64'): return False
     if torch.cuda.is_available(): return False
     here = {'python': platform.python_version(), 'torch': version('torch')}
-    return all(here[name].split('.')[:2] == MADE_WITH[name].split('.')[:2] for name in MADE_WITH)
+    return all(f'{here[name]}.'.startswith(f'{made}.') for name, made in MADE_WITH.items())
 
 def forget_package():
     """A page imports modules of its own. A worker runs several pages, and one that defines an operator again
