@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 from . import __version__
 from .config import check_fields, setting
-from .core import UserError, choose, is_temporary, pick_device
+from .core import UserError, choose, is_temporary, pick_device, write_line
 from .flags import parse_flags, take_flag
 from .run_file import load_run, named_step, read_toml
 from .settings import degrees
@@ -624,8 +624,7 @@ def _say(error:Exception)->int: # exit code
     who = '' if rank == '0' else f'rank {rank}: '
     passing = is_temporary(error)
     hint = ' (this may pass; the same command may succeed later)' if passing else ''
-    line = f'llama-nb: {who}error: {problem}{hint}\n'
-    sys.stderr.write(line)                  # at once: `print` would let another rank's line between
+    write_line(f'llama-nb: {who}error: {problem}{hint}')
     return TEMPORARY if passing else 2
 
 # %% ../nbs/92_cli.ipynb #program

@@ -28,7 +28,6 @@ from llama_nb.train.trainer import accumulate, start_run, train_step
 ROOT = Path(__file__).resolve().parent.parent
 HAS_WHEEL = sys.platform == 'linux' and platform.machine() == 'x86_64'      # there xformers is a requirement
 WHEEL = pytest.mark.skipif(not HAS_WHEEL, reason='xformers has wheels for Linux on x86 only')
-BACKENDS = ['sdpa', pytest.param('xformers', marks=WHEEL)]
 CONFIG = ModelConfig(64, 2, 8, vocab_size=64, multiple_of=32, max_seq_len=64)
 BF16 = torch.bfloat16
 
@@ -44,7 +43,6 @@ def on_cpu():
 def backend(request):
     if request.param == 'xformers': request.getfixturevalue('on_cpu')
     return request.param
-each_backend = pytest.mark.parametrize('backend', BACKENDS, indirect=True)
 each_packing = pytest.mark.parametrize('packed', [False, True], ids=['cross', 'separate'])
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import llama_nb
 from ..core import TemporaryError, UserError
 from .documents import Document, Report, write_jsonl
 from .executors import LOCAL, find_executor, in_processes, sigterm_raises
+from .sources import CleanedFile
 from .stage import Cleaner, Stage, Tally, tally_table
 from ..files import DISK_FULL, bytes_digest, file_digest, remove, write_atomic
-from ..untrusted import Count, Sha256, decode_json, read_bounded, read_json
+from ..untrusted import decode_json, read_bounded, read_json
 
 # %% ../../nbs/71_data.engine.ipynb #job
 @dataclass(frozen=True)
@@ -109,16 +110,11 @@ RECORD_BYTES = 2**28    # most of a record; it has examples, and the names of do
 def output_and_record(out, name:str)->tuple[Path, Path]: # where they stand in the folder of a job
     return Path(out)/'documents'/f'{name}.jsonl.zst', Path(out)/'records'/f'{name}.json'
 
-class _Output(TypedDict):
-    documents:Count
-    bytes:Count
-    sha256:Sha256
-
 class Record(TypedDict):
     "What is noted about a file that is done"
     job:str                                                     # its digest
     input:dict[str, str|int|float|None]                         # its fingerprint
-    output:_Output
+    output:CleanedFile
     tallies:dict[str, Tally]                                    # by stage
 
 def read_record(path:Path)->Record:

@@ -107,8 +107,8 @@ def provenance(shards:TokenShards,
               )->Provenance:
     "Where a token comes from. Raises `IndexError` beyond the ends, `UserError` where it was not kept"
     path, number, start, stop = shards.find(offset)
-    n_documents = next(s['documents'] for s in shards.manifest['shards'] if shards.folder/s['name'] == path)
-    return Provenance(shards.document_of(offset), start, stop, *_row(path, number, n_documents))
+    shard, _ = shards.shard_of(offset)
+    return Provenance(shards.document_of(offset), start, stop, *_row(path, number, shard['documents']))
 
 # %% ../../nbs/7J_data.provenance.ipynb #describe-provenance
 def provenance_text(found:Provenance)->str:

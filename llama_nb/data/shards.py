@@ -271,12 +271,17 @@ class TokenShards:
         raise UserError(f'{self.folder}: token {start + int(ids.argmax())} is {ids.max()}, and the '
                         f'vocabulary has {self.vocab_size}; write the shards again')
 
+    def shard_of(self, position:int     # of a token in the stream
+                )->tuple[ShardEntry, int]: # its shard in the manifest, the shard's first token
+        "Raises `IndexError` beyond the ends of the stream"
+        if not 0 <= position < self.n_tokens: raise IndexError(f'token {position} of {self.n_tokens}')
+        i = part_of(self._starts, position)
+        return self.manifest['shards'][i], int(self._starts[i])
+
     def find(self, position:int # of a token in the stream
             )->tuple[Path, int, int, int]: # shard, number of the document in it, its first token, its end
         "Where the document of a token lies. Raises `IndexError` beyond the ends of the stream"
-        if not 0 <= position < self.n_tokens: raise IndexError(f'token {position} of {self.n_tokens}')
-        i = part_of(self._starts, position)
-        shard, begin = self.manifest['shards'][i], int(self._starts[i])
+        shard, begin = self.shard_of(position)
         path = self.folder/shard['name']
         ends = _open_shard(Path(f'{path}.index'), np.dtype('<u8'), shard['documents'])
         number = int(np.searchsorted(ends, position - begin, side='right'))

@@ -21,17 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from ..settings import RunConfig, degrees
-from ..flags import take_flag
-from ..run_file import load_run
 from ..core import UserError
 from ..data.mixture import text_facts
+from ..flags import take_flag
 from ..model import kernels, transformer
 from ..parallel.mesh import make_mesh
 from ..private import COLLECTIVES, OperatorMode
 from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tensors, group_name
+from ..run_file import load_run
 from .layout import USABLE
 from .memory import compiler_saves, memory_per_rank
+from ..settings import RunConfig, degrees
 from ..train import trainer
 from ..train.check import ranks_of
 from ..train.optim import make_optimizer

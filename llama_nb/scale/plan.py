@@ -18,11 +18,11 @@ from ..files import replacing, write_atomic
 from ..flags import parse_flags
 from ..run_file import dump_run, load_run, read_toml
 from .cluster import GPUS, Cluster, step_time
-from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig, degrees
 from .cost import (GPU_HOURS_PER_FAILURE, Reliability, advised_interval, carbon_tons,
                                  energy_mwh)
 from .layout import (USABLE, check_layout, fastest, laid_out, layouts, peak_bytes, ways_out)
 from .memory import memory_line, memory_per_rank
+from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig, degrees
 
 # %% ../../nbs/85_scale.plan.ipynb #whole-number
 _WRITTEN = re.compile(r'(\d[\d,_]{0,30}(?:\.\d{1,30})?(?:e\+?\d{1,2})?)\s?([kmbgt]?)')

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
-from ..core import UserError
+from ..core import UserError, write_line
 from ..files import write_atomic
 from ..scale.flops import device_peak
 from ..settings import RunConfig
@@ -161,8 +161,7 @@ class Console:
         line = f'step {step:>{len(str(self.steps))}}/{self.steps}  {words}'
         if self.bar is not None: return self.bar.write(line, file=self.file)
         now = time.strftime('%Y-%m-%d %H:%M:%S')
-        self.file.write(f'{now}  {line}\n')                 # at once: other ranks write here, too
-        self.file.flush()
+        write_line(f'{now}  {line}', self.file)
 
     def close(self):
         if self.bar is not None: self.bar.close()

@@ -8,7 +8,7 @@ __all__ = ['rank_environment', 'launch_ranks']
 # %% ../../nbs/67_train.launch.ipynb #imports
 import os, signal, subprocess, sys, tempfile, time
 from contextlib import contextmanager
-from ..core import UserError
+from ..core import UserError, write_line
 from .guards import STOP_SIGNALS
 
 # %% ../../nbs/67_train.launch.ipynb #environment
@@ -79,5 +79,5 @@ def _end_all(ranks:list, failed:int, seconds:float=.5)->int: # exit code of the 
     alive = sum(_code(p) is None for p in ranks)
     code, others = _code(ranks[failed]), f'; {alive} others are ended' if alive else ''
     if alive or code > 128: # else each has said it itself
-        print(f'llama-nb: rank {failed} has ended with exit code {code}{others}', file=sys.stderr)
+        write_line(f'llama-nb: rank {failed} has ended with exit code {code}{others}')
     return code

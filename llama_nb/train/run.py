@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
-from ..settings import RunConfig, degrees
-from ..run_file import dump_run, load_run, read_origin
 from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state, shift_after
 from ..data.mixture import make_loader, open_tokens
@@ -31,6 +29,8 @@ from ..parallel.mesh import data_rank, make_mesh, on_all_ranks, on_rank_zero
 from ..parallel.mesh import rank_and_size, total
 from ..parallel.processes import start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
+from ..run_file import dump_run, load_run, read_origin
+from ..settings import RunConfig, degrees
 from . import checkpoint as ckpt
 from .console import known_peak, start_lines, write_readme
 from .guards import NonFiniteGuard, collective_seconds
