@@ -3,6 +3,7 @@ import json, os, random, shutil
 from pathlib import Path
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hostile import DEEP, HUGE, IN_PLACE, one_line, refused
 from llama_nb.config import PRESETS
@@ -14,8 +15,8 @@ from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
 from llama_nb.files import file_digest
 from llama_nb.run_file import load_run
 from llama_nb.train.checkpoint import save_checkpoint
-from llama_nb.train.stored import latest_checkpoint, load_checkpoint
 from llama_nb.train.state import random_state, run_state, set_random_state
+from llama_nb.train.stored import consolidate, latest_checkpoint, load_checkpoint
 
 pytestmark = [pytest.mark.timeout(20), pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')]
 
@@ -67,6 +68,14 @@ INDEXES = {'deep': lambda i: '{"tensors": ' + DEEP, 'a list': lambda i: '[]', 'e
            'overlap': box((0, [0, 0], [2, 4]), (0, [1, 0], [2, 4])), 'outside': box((0, [1, 0], [3, 4])),
            'rank below zero': box((-1, [0, 0], [3, 4])), 'rank 10^9': box((10**9, [0, 0], [3, 4])),
            'rank 7': box((7, [0, 0], [3, 4])), 'a short box': box((0, [0], [12])), 'a text': box('0ab')}
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
+    path = saved(tmp_path/'run')
+    weights = {'w': torch.full((3, 4), value), 'b': torch.ones(4)}
+    lie(path, 'model-00000.safetensors', safetensors.torch.save(weights))
+    assert 'w has numbers that are not finite' in refused(lambda: consolidate(path, tmp_path/'out'))
+    assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('how', INDEXES)
 def test_an_index_that_lies(tmp_path, how):
