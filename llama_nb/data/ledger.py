@@ -8,7 +8,8 @@ __all__ = ['NO_MODELS', 'all_choices', 'Kept', 'preset_bytes']
 # %% ../../nbs/7U_data.ledger.ipynb #imports
 from dataclasses import dataclass
 from pathlib import Path
-from .corpus import SOURCES, Models, OrderRules, clean_source
+from .corpus import clean_source
+from .pipeline import SOURCES, Models, OrderRules
 from .stage import PRESETS, ledger
 
 # %% ../../nbs/7U_data.ledger.ipynb #choices

@@ -19,7 +19,7 @@ from ..core import UserError
 from ..run_file import read_toml
 from .classify import (LANGUAGE_MODEL, FastTextRules, ReferenceRules, reference_examples,
                                     train_classifier)
-from .corpus import SOURCES, Models, clean_source, find_files
+from .corpus import clean_source
 from .documents import Document, is_held_out
 from .dress import BUILDERS, Origin
 from .executors import spread
@@ -27,6 +27,7 @@ from .found import mixed
 from .mixture import TABLE_1, Mixture, source_table, write_mixture
 from .ngram import (NgramRules, fit_cutoffs, load_ngrams, normalise, perplexity, sentences_of,
                                  train_ngrams, write_arpa)
+from .pipeline import SOURCES, Models, find_files
 from .shards import TokenShards, write_shards
 from .sources import read_documents
 from .tokenizer import Tokenizer, train_tokenizer
