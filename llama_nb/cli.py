@@ -199,7 +199,7 @@ class Join:
     folders:Paths                    # OUT of each command, in the order of the tokens
 
     def run(self)->int: # exit code
-        from llama_nb.data.tokenize import join_data
+        from llama_nb.data.join import join_data
         for shards in join_data(self.folders, self.out).values(): print_shards(shards)
         return 0
 

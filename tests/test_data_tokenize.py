@@ -7,14 +7,16 @@ import pytest
 from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import TemporaryError, UserError, is_temporary
-from llama_nb.data import executors, tokenize
+from llama_nb.data import executors, tokenize, units
 from llama_nb.data.documents import Document, is_held_out, split_documents, topic_documents, write_jsonl
 from llama_nb.data.engine import Job, run_job
+from llama_nb.data.join import join_data, join_shards
 from llama_nb.data.provenance import BLOCK, provenance, provenance_text, verify_provenance
 from llama_nb.data.shards import TokenShards, document_tokens, write_shards
 from llama_nb.data.sources import read_documents, text_files
-from llama_nb.data.tokenize import SIDES, join_data, join_shards, tokenise, work_units
+from llama_nb.data.tokenize import tokenise
 from llama_nb.data.tokenizer import Tokenizer
+from llama_nb.data.units import SIDES, work_units
 
 @pytest.fixture(scope='module')
 def tokenizer(tokens): return Tokenizer(tokens/'tokenizer.model')
@@ -139,7 +141,7 @@ def test_stopped_at_many_calls_it_ends_with_the_same_bytes(texts, tokenizer, cal
             done = real(*args, **kwargs)
             if left == 0: raise Stop
             return done
-        monkeypatch.setattr(tokenize, name, broken)
+        for module in (units, tokenize): monkeypatch.setattr(module, name, broken, raising=module is tokenize)
         try:
             tokenise(texts, tokenizer, out, .1, LIMIT, 1, 3000)
             break

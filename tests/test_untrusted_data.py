@@ -12,8 +12,9 @@ from llama_nb.data.pipeline import Models
 from llama_nb.data.provenance import provenance, verify_provenance
 from llama_nb.data.shards import TokenShards
 from llama_nb.data.sources import read_documents
-from llama_nb.data.tokenize import SIDES, tokenise
+from llama_nb.data.tokenize import tokenise
 from llama_nb.data.tokenizer import Tokenizer
+from llama_nb.data.units import SIDES
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')]
 
