@@ -1,5 +1,6 @@
 "Tokenising at scale: the same bytes for any number of workers and after kills; provenance; joins; mistakes."
 import gzip, json, os, random, signal, subprocess, sys, time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -221,6 +222,21 @@ def test_an_input_that_changes_before_the_end_is_read_again(tokenizer, tmp_path,
     for changed in ('0.txt', '3.txt'): (texts/changed).write_text('another text, and longer')
     run()
     assert_same(both(out), reference(texts, tokenizer, tmp_path/'plain', LIMIT))
+
+def test_a_record_is_read_once(texts, tokenizer, calm, tmp_path, monkeypatch):
+    "By a job that goes on in its second round, and by one that has nothing to do"
+    out, real, seen = tmp_path/'out', units.read_json, Counter()
+    run = partial(tokenise, texts, tokenizer, out, .1, LIMIT, 1, 3000)
+    def counted(path, *args):
+        seen[path.name] += 1
+        return real(path, *args)
+    interrupted(monkeypatch, 'pack_shard', 3, run)
+    monkeypatch.setattr(units, 'read_json', counted)
+    wanted = {p.name: 1 for p in (out/'records').iterdir()}
+    for _ in range(2):
+        seen.clear()
+        run()
+        assert seen == wanted and len(wanted) > 3 and both(out) == calm
 
 def test_another_unfinished_job_is_refused_and_can_be_thrown_away(texts, tokenizer, calm, tmp_path,
                                                                   monkeypatch):
