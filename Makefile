@@ -9,7 +9,7 @@ WORKERS ?= 3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: help toy test versions torture test-slurm gpu notebooks edit prepare docs clean named FORCE
+.PHONY: help toy test versions torture test-slurm gpu notebooks compiled edit prepare docs clean named FORCE
 
 help:
 	@echo 'make toy        train and sample a small LLaMA on the text of your own Python (minutes)'
@@ -28,7 +28,7 @@ toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
 # Each file in one process, so that its fixtures are made once
-test: notebooks
+test: notebooks compiled
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 versions: .venv/installed-test
@@ -44,8 +44,13 @@ test-slurm: .venv/installed-test
 gpu: .venv/installed-test
 	$(BIN)/python benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
-notebooks: .venv/installed-test
+notebooks: compiled
 	OMP_NUM_THREADS=1 $(BIN)/python tools/pages.py --n_workers $(WORKERS)
+
+# Tests and pages start the package some hundred times; where bytecode may not be written by the way
+# (PYTHONDONTWRITEBYTECODE), each time would compile it anew
+compiled: .venv/installed-test
+	@$(BIN)/python -m compileall -qq -j 0 llama_nb benchmarks tests tools || true
 
 edit: .venv/installed-dev
 	$(BIN)/jupyter lab nbs

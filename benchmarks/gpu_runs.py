@@ -13,7 +13,7 @@ from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.processes import stop_ranks
 from llama_nb.run_file import dump_run
 from llama_nb.train import trainer as loop
-from llama_nb.train.checkpoint import list_checkpoints, load_checkpoint
+from llama_nb.train.stored import list_checkpoints, load_checkpoint
 from llama_nb.train.optim import make_optimizer
 from llama_nb.train.run import build_model
 from gpu_parts import (DOCUMENTS, MINI, SMALL, backends, device, first_line, free, no_synchronisation,

@@ -26,10 +26,10 @@ _NAMES = {'config': 'ModelConfig PRESETS',
           'model.transformer': 'LLaMA TransformerBlock',
           'run_file': 'load_run',
           'settings': 'OptimConfig RunConfig',
-          'train.checkpoint': 'consolidate load_checkpoint',
           'train.loss': 'bits_per_byte next_token_loss',
           'train.optim': 'clip_grad_norm cosine_lr make_optimizer',
           'train.run': 'Trainer start_run',
+          'train.stored': 'consolidate load_checkpoint',
           'train.trainer': 'evaluate fit'}
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -61,10 +61,10 @@ if TYPE_CHECKING:
     from llama_nb.model.transformer import LLaMA, TransformerBlock
     from llama_nb.run_file import load_run
     from llama_nb.settings import OptimConfig, RunConfig
-    from llama_nb.train.checkpoint import consolidate, load_checkpoint
     from llama_nb.train.loss import bits_per_byte, next_token_loss
     from llama_nb.train.optim import clip_grad_norm, cosine_lr, make_optimizer
     from llama_nb.train.run import Trainer, start_run
+    from llama_nb.train.stored import consolidate, load_checkpoint
     from llama_nb.train.trainer import evaluate, fit
 
 __all__ = ['Attention', 'Document', 'FeedForward', 'LLaMA', 'Loader', 'ModelConfig', 'OptimConfig', 'PRESETS',

@@ -522,7 +522,7 @@ class Convert:
 
     def run(self)->int: # exit code
         from llama_nb.infer.load import newest
-        from llama_nb.train.checkpoint import consolidate
+        from llama_nb.train.stored import consolidate
         source, out = Path(self.source), Path(self.out)
         if out.suffix != '.safetensors': raise UserError(f'{out} must end in .safetensors')
         refuse_existing(out, 'file')

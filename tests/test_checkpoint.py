@@ -6,11 +6,13 @@ import pytest, torch
 from safetensors.torch import save_file
 from torch import nn
 import llama_nb.train.checkpoint as ckpt
+from llama_nb.train import stored
 from llama_nb import untrusted
 from llama_nb.core import UserError, is_temporary
-from llama_nb.train.checkpoint import (CheckpointError, StorageError, latest_checkpoint, list_checkpoints,
-                                       load_checkpoint, load_into, save_checkpoint, verify_checkpoint)
+from llama_nb.train.checkpoint import load_into, save_checkpoint
 from llama_nb.train.state import optimizer_tensors, prepare_optimizer, random_state, set_random_state
+from llama_nb.train.stored import (CheckpointError, StorageError, latest_checkpoint, list_checkpoints,
+                                   load_checkpoint, verify_checkpoint)
 
 # pytest forgets the package's own filter
 pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is')
@@ -315,7 +317,7 @@ def test_a_file_that_nobody_verified_is_not_loaded(tmp_path):
 
 def away(*args, **kwargs): raise OSError(errno.ESTALE, 'Stale file handle')
 
-DIGEST = 'llama_nb.train.checkpoint.file_digest'
+DIGEST = 'llama_nb.train.stored.file_digest'
 
 @pytest.mark.parametrize('call', ['llama_nb.untrusted.open_regular', DIGEST, 'os.listdir'])
 def test_storage_that_refuses_to_read_is_not_damage(tmp_path, monkeypatch, call):
@@ -334,11 +336,11 @@ def test_one_file_that_fails_while_reading(tmp_path, monkeypatch):
     "It costs no interval either: the older checkpoint is not taken in silence"
     save(tmp_path, 10)
     save(tmp_path, 20)
-    real = ckpt.file_digest
+    real = stored.file_digest
     def failing(path):
         if 'step-00000020/model' in str(path): raise OSError(errno.EIO, 'Input/output error')
         return real(path)
-    monkeypatch.setattr(ckpt, 'file_digest', failing)
+    monkeypatch.setattr(stored, 'file_digest', failing)
     with pytest.raises(StorageError, match='step-00000020/model-00000.* cannot be read: Input/output error'):
         latest_checkpoint(tmp_path, silent)
 

@@ -409,9 +409,9 @@ def test_a_restart_while_storage_refuses_to_read(tmp_path, run_file):
     run = [sys.executable, '-m', 'llama_nb', *command]
     subprocess.run(run, env=ENV, check=True, capture_output=True, timeout=150)
     again = ['-c', 'import sys, errno\nfrom unittest import mock\nfrom llama_nb.cli import main\n'
-             'import llama_nb.train.checkpoint as ckpt\n'
+             'import llama_nb.train.stored as stored\n'
              'stale = OSError(errno.ESTALE, "Stale")\n'
-             'with mock.patch.object(ckpt, "file_digest", side_effect=stale):\n'
+             'with mock.patch.object(stored, "file_digest", side_effect=stale):\n'
              '    sys.exit(main(sys.argv[1:]))', *command]
     done = subprocess.run([sys.executable, *again], env=ENV, capture_output=True, text=True, timeout=150)
     assert done.returncode == 75 and 'damaged' not in done.stderr and 'may pass' in done.stderr, done.stderr

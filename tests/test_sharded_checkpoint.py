@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from conftest import run_ranks
 import llama_nb.train.sharded as pieces
+from llama_nb.train import stored
 from llama_nb.config import ModelConfig
 from llama_nb.core import is_temporary
 from llama_nb.model.transformer import LLaMA
@@ -17,11 +18,11 @@ from llama_nb.parallel.mesh import make_mesh
 from llama_nb.parallel.processes import rank_main
 from llama_nb.parallel.tensor import apply_tensor_parallel
 from llama_nb.settings import OptimConfig
-from llama_nb.train.checkpoint import (Saver, consolidate, latest_checkpoint, list_checkpoints,
-                                       load_checkpoint, load_into, lock_folder, save_checkpoint)
+from llama_nb.train.checkpoint import Saver, load_into, lock_folder, save_checkpoint
 from llama_nb.train.optim import make_optimizer
-from llama_nb.train.sharded import CheckpointError
 from llama_nb.train.state import optimizer_tensors, prepare_optimizer
+from llama_nb.train.stored import (CheckpointError, consolidate, latest_checkpoint, list_checkpoints,
+                                   load_checkpoint)
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is')
 ME = Path(__file__).stem
@@ -390,11 +391,11 @@ def failures_worker(folder):
         if rank == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
         failed(how, save)
         if rank == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,)*2)
-    real = pieces.save_file
+    real = stored.save_file
     def refuse(*args): raise PermissionError(30, 'Read-only file system')
-    if rank == 1: pieces.save_file = refuse
+    if rank == 1: stored.save_file = refuse
     failed('read-only', asynchronously)
-    pieces.save_file = real
+    stored.save_file = real
     failed('a file in the way',
            lambda: save_checkpoint(folder/'step-00000001'/'state.json', 2, tensors, state))
     failed('no JSON', lambda: save_checkpoint(folder, 2, tensors, {'x': (1,)}))
@@ -457,7 +458,7 @@ def killed_worker(folder, doomed, where):
     saver.wait()
     def die(*args): os.kill(os.getpid(), signal.SIGKILL)
     if rank == doomed:
-        if where == 'writing': pieces.save_file = die
+        if where == 'writing': stored.save_file = die
         else:
             real = os.replace
             os.replace = lambda *args: (real(*args) if where == 'named' else None, die())
@@ -557,8 +558,8 @@ def test_an_index_that_does_not_fit_the_files(tmp_path, how):
 def test_what_is_saved_is_what_was_there_when_asked(tmp_path, monkeypatch):
     "The writing is held up until the tensors have changed"
     import threading
-    go, real = threading.Event(), pieces.save_file
-    monkeypatch.setattr(pieces, 'save_file', lambda *args: (go.wait(20), real(*args)))
+    go, real = threading.Event(), stored.save_file
+    monkeypatch.setattr(stored, 'save_file', lambda *args: (go.wait(20), real(*args)))
     tensors, state, saver = whole(1), {'list': [1]}, Saver(tmp_path, keep=1)
     saver.save(1, tensors, state)
     for named in tensors.values():
@@ -567,8 +568,8 @@ def test_what_is_saved_is_what_was_there_when_asked(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path, silent) is None                    # not yet there
     go.set()
     saver.wait()
-    got, stored = load_checkpoint(latest_checkpoint(tmp_path, silent))
-    assert (stored == {'list': [1]}
+    got, kept = load_checkpoint(latest_checkpoint(tmp_path, silent))
+    assert (kept == {'list': [1]}
             and all(torch.equal(got[part][k], t) for part, named in whole(1).items()
                     for k, t in named.items()))
     saver.save(2, whole(2), state)

@@ -13,7 +13,8 @@ from llama_nb.data.shards import TokenShards, write_shards
 from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
 from llama_nb.files import file_digest
 from llama_nb.run_file import load_run
-from llama_nb.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from llama_nb.train.checkpoint import save_checkpoint
+from llama_nb.train.stored import latest_checkpoint, load_checkpoint
 from llama_nb.train.state import random_state, run_state, set_random_state
 
 pytestmark = [pytest.mark.timeout(20), pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')]

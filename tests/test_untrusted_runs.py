@@ -10,7 +10,7 @@ from llama_nb.data.shards import TokenShards
 from llama_nb.data.sources import read_documents
 from llama_nb.data.tokenizer import Tokenizer
 from llama_nb.run_file import load_run, read_origin
-from llama_nb.train.checkpoint import load_checkpoint
+from llama_nb.train.stored import load_checkpoint
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')]
 

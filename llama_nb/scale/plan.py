@@ -158,7 +158,7 @@ PLACES = {   # what a plan says -> page, section
     'search': ('83_scale.layout', 'The fastest that fits'), 'ways_out': ('83_scale.layout', 'What would fit'),
     'energy': ('84_scale.cost', 'Energy and carbon'), 'rate': ('84_scale.cost', 'How often a GPU fails'),
     'goodput': ('84_scale.cost', 'Goodput'), 'interval': ('84_scale.cost', 'The best interval'),
-    'checkpoint': ('62_train.checkpoint', 'Off the critical path')}
+    'checkpoint': ('63_train.checkpoint', 'Off the critical path')}
 
 # %% ../../nbs/85_scale.plan.ipynb #plan
 def plan(run:RunConfig, cluster:Cluster, assumed:Assumptions=Assumptions(),
