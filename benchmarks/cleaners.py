@@ -91,7 +91,7 @@ def ours(source:str, name:str):
 
 def documents(corpus:Path, source:str)->list:
     from llama_nb.data import arxiv, documents, github, stackexchange
-    from llama_nb.data.corpus import find_files
+    from llama_nb.data.pipeline import find_files
     from llama_nb.data.stage import Tally
     read = {'arxiv': arxiv.read_arxiv, 'c4': documents.read_jsonl, 'github': github.read_project,
             'stackexchange': stackexchange.read_stackexchange}[source]

@@ -49,7 +49,8 @@ def raw_bytes(inputs:dict)->int:
 
 def sources(corpus:Path)->list[tuple]: # title, MB raw, MB a second
     "`data clean` of every source of a mini corpus, with the models that were trained there"
-    from llama_nb.data.corpus import SOURCES, Models, clean_source, find_files
+    from llama_nb.data.corpus import clean_source
+    from llama_nb.data.pipeline import SOURCES, Models, find_files
     names = [str(corpus/'models'/name) for name in ('language.bin', 'en.arpa', 'reference.bin')]
     rows = []
     for source in SOURCES:
@@ -138,10 +139,12 @@ from llama_nb.data.tokenizer import Tokenizer
 from llama_nb.data.tokenize import tokenise
 tokenise(sys.argv[1], Tokenizer(sys.argv[3]), sys.argv[2], workers=1)''',
         'data clean documents (exact and near duplicates)': '''
-from llama_nb.data.corpus import clean_source, find_files
+from llama_nb.data.corpus import clean_source
+from llama_nb.data.pipeline import find_files
 clean_source('documents', find_files('documents', [sys.argv[1]]), sys.argv[2])''',
         'data clean c4': '''
-from llama_nb.data.corpus import clean_source, find_files
+from llama_nb.data.corpus import clean_source
+from llama_nb.data.pipeline import find_files
 clean_source('c4', find_files('c4', [sys.argv[1]]), sys.argv[2])'''}
 
 # `ru_maxrss` of a process counts what its parent had when it was made; so of itself, the kernel's other count
@@ -200,7 +203,7 @@ def render(about, raw, beside, tokens, memory)->str:
 
 def main(corpus:Path):
     from train_step import cpu_name
-    from llama_nb.data.corpus import SOURCES
+    from llama_nb.data.pipeline import SOURCES
     from llama_nb.data.mini import clean_documents
     docs = [d for source in SOURCES for d in clean_documents(corpus, source)]
     print(f'{len(docs)} documents, {size(docs):.1f} MB', flush=True)

@@ -199,7 +199,7 @@ class Join:
     folders:Paths                    # OUT of each command, in the order of the tokens
 
     def run(self)->int: # exit code
-        from llama_nb.data.tokenize import join_data
+        from llama_nb.data.join import join_data
         for shards in join_data(self.folders, self.out).values(): print_shards(shards)
         return 0
 
@@ -302,8 +302,10 @@ class Clean:
     def __post_init__(self): check_fields(self)
 
     def run(self)->int: # exit code
-        from llama_nb.data.corpus import Models, clean_source, find_files, is_finished, result_text
+        from llama_nb.data.corpus import clean_source, is_finished
         from llama_nb.data.executors import cores
+        from llama_nb.data.pipeline import Models, find_files
+        from llama_nb.data.report import result_text
         models = Models(self.language_model, self.perplexity_model, self.reference_model)
         files, workers = find_files(self.source, self.paths), self.workers or cores()
         done = is_finished(self.out)

@@ -13,7 +13,7 @@ from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import UserError
 from llama_nb.data import dress, found
-from llama_nb.data.corpus import SOURCES
+from llama_nb.data.pipeline import SOURCES
 from llama_nb.data.documents import Document
 from llama_nb.data.dress import BUILDERS, framed, site_page
 from llama_nb.data.found import docstrings, passages, roff_text

@@ -1,5 +1,6 @@
 "Tokenising at scale: the same bytes for any number of workers and after kills; provenance; joins; mistakes."
 import gzip, json, os, random, signal, subprocess, sys, time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -7,14 +8,16 @@ import pytest
 from conftest import ENV
 from llama_nb.cli import main
 from llama_nb.core import TemporaryError, UserError, is_temporary
-from llama_nb.data import executors, tokenize
+from llama_nb.data import executors, tokenize, units
 from llama_nb.data.documents import Document, is_held_out, split_documents, topic_documents, write_jsonl
 from llama_nb.data.engine import Job, run_job
+from llama_nb.data.join import join_data, join_shards
 from llama_nb.data.provenance import BLOCK, provenance, provenance_text, verify_provenance
 from llama_nb.data.shards import TokenShards, document_tokens, write_shards
 from llama_nb.data.sources import read_documents, text_files
-from llama_nb.data.tokenize import SIDES, join_data, join_shards, tokenise, work_units
+from llama_nb.data.tokenize import tokenise
 from llama_nb.data.tokenizer import Tokenizer
+from llama_nb.data.units import SIDES, work_units
 
 @pytest.fixture(scope='module')
 def tokenizer(tokens): return Tokenizer(tokens/'tokenizer.model')
@@ -139,7 +142,7 @@ def test_stopped_at_many_calls_it_ends_with_the_same_bytes(texts, tokenizer, cal
             done = real(*args, **kwargs)
             if left == 0: raise Stop
             return done
-        monkeypatch.setattr(tokenize, name, broken)
+        for module in (units, tokenize): monkeypatch.setattr(module, name, broken, raising=module is tokenize)
         try:
             tokenise(texts, tokenizer, out, .1, LIMIT, 1, 3000)
             break
@@ -219,6 +222,21 @@ def test_an_input_that_changes_before_the_end_is_read_again(tokenizer, tmp_path,
     for changed in ('0.txt', '3.txt'): (texts/changed).write_text('another text, and longer')
     run()
     assert_same(both(out), reference(texts, tokenizer, tmp_path/'plain', LIMIT))
+
+def test_a_record_is_read_once(texts, tokenizer, calm, tmp_path, monkeypatch):
+    "By a job that goes on in its second round, and by one that has nothing to do"
+    out, real, seen = tmp_path/'out', units.read_json, Counter()
+    run = partial(tokenise, texts, tokenizer, out, .1, LIMIT, 1, 3000)
+    def counted(path, *args):
+        seen[path.name] += 1
+        return real(path, *args)
+    interrupted(monkeypatch, 'pack_shard', 3, run)
+    monkeypatch.setattr(units, 'read_json', counted)
+    wanted = {p.name: 1 for p in (out/'records').iterdir()}
+    for _ in range(2):
+        seen.clear()
+        run()
+        assert seen == wanted and len(wanted) > 3 and both(out) == calm
 
 def test_another_unfinished_job_is_refused_and_can_be_thrown_away(texts, tokenizer, calm, tmp_path,
                                                                   monkeypatch):

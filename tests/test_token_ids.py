@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 from llama_nb.cli import main
+from llama_nb.data.join import join_shards
 from llama_nb.data.shards import TokenShards
-from llama_nb.data.tokenize import join_shards
 
 SIDES = 'train', 'held_out'
 SEPARATOR = 7

@@ -3,16 +3,18 @@ import json, os, random, shutil
 from pathlib import Path
 import pytest
 from hostile import DAMAGES, JSON, lies, outcome, refused, write
-from llama_nb.data import corpus, tokenize
-from llama_nb.data.corpus import Models, clean_source
+from llama_nb.data import corpus, pipeline, tokenize
+from llama_nb.data.corpus import clean_source
 from llama_nb.data.documents import Document, write_jsonl
 from llama_nb.data.fetch import Account
 from llama_nb.data.ngram import PerplexityRules
+from llama_nb.data.pipeline import Models
 from llama_nb.data.provenance import provenance, verify_provenance
 from llama_nb.data.shards import TokenShards
 from llama_nb.data.sources import read_documents
-from llama_nb.data.tokenize import SIDES, tokenise
+from llama_nb.data.tokenize import tokenise
 from llama_nb.data.tokenizer import Tokenizer
+from llama_nb.data.units import SIDES
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')]
 
@@ -167,10 +169,10 @@ def test_documents_that_lead_out_of_their_folder(cleaned, tmp_path):
 def test_the_cut_offs_beside_a_model(tmp_path, how):
     (tmp_path/'en.json').write_text('{"head": 1, "tail": 2.5}')
     rules = PerplexityRules()
-    assert corpus._cutoffs(rules, f'{tmp_path}/en.arpa', 1).tail == 2.5
+    assert pipeline._cutoffs(rules, f'{tmp_path}/en.arpa', 1).tail == 2.5
     DAMAGES[how](tmp_path/'en.json')
-    changed = outcome(lambda: corpus._cutoffs(rules, f'{tmp_path}/en.arpa', 1))
-    assert changed is None or changed in (rules, corpus.replace(rules, head=1., tail=2.5))
+    changed = outcome(lambda: pipeline._cutoffs(rules, f'{tmp_path}/en.arpa', 1))
+    assert changed is None or changed in (rules, pipeline.replace(rules, head=1., tail=2.5))
 
 @pytest.mark.parametrize('how', DAMAGES)
 def test_the_account_of_what_was_fetched(tmp_path, how):

@@ -3,8 +3,9 @@ import gzip, json, os
 import pytest
 from hostile import DEEP, HUGE, refused
 from llama_nb.cli import main
-from llama_nb.data.corpus import Models, clean_source, find_files
+from llama_nb.data.corpus import clean_source
 from llama_nb.data.documents import MAX_LINE
+from llama_nb.data.pipeline import Models, find_files
 from llama_nb.data.sources import Reading, read_documents, text_files
 from llama_nb.data.tokenize import tokenise
 from llama_nb.data.tokenizer import Tokenizer

@@ -1,6 +1,6 @@
 "The long form of the tests on death: `make torture`, some minutes on two cores."
 import pytest
-from llama_nb.data.corpus import find_files
+from llama_nb.data.pipeline import find_files
 from test_data_corpus import RAW, kills
 from test_data_engine import calm, killed_so_often, place          # noqa: F401, fixtures are used by name
 from test_parallel_runs import torture

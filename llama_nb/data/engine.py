@@ -20,7 +20,7 @@ from ..core import TemporaryError, UserError
 from .documents import Document, Report, write_jsonl
 from .executors import LOCAL, find_executor, in_processes, sigterm_raises
 from .sources import CleanedFile
-from .stage import Cleaner, Stage, Tally, tally_table
+from .stage import Cleaner, Stage, Tally, amount, tally_table
 from ..files import DISK_FULL, bytes_digest, file_digest, remove, write_atomic
 from ..untrusted import decode_json, read_bounded, read_json
 
@@ -326,10 +326,10 @@ def summary(total:dict[str, Tally])->str: # lines
     "Documents and bytes after each stage, and what each rule took, for a terminal"
     rows = [('', 'documents', 'MB')]
     for name, t in total.items():
-        took = [(f'  - {rule}', f'{r.documents:,}', f'{r.removed/1e6:,.2f}')
+        took = [(f'  - {rule}', *amount(r.documents, r.removed))
                 for rule, r in sorted(t.rules.items()) if r.documents]
         if t.unread: took.append(('  could not be read', f'{t.unread:,}', ''))
-        if t.documents: took.append((name, f'{t.kept:,}', f'{t.bytes_out/1e6:,.2f}'))
+        if t.documents: took.append((name, *amount(t.kept, t.bytes_out)))
         rows += took
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return '\n'.join(f'{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}' for a, b, c in rows)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Cleaner', 'N_EXAMPLES', 'N_PROBLEMS', 'MAX_ERRORS', 'choice', 'preset', 'ledger', 'Decision', 'n_bytes',
-           'judge', 'RuleTally', 'Tally', 'Stage', 'tally_table']
+           'judge', 'RuleTally', 'Tally', 'Stage', 'amount', 'tally_table']
 
 # %% ../../nbs/70_data.stage.ipynb #imports
 import hashlib
@@ -170,9 +170,13 @@ def _with_decisions(doc:Document, decisions:list[Decision])->Document:
     return replace(doc, metadata={**doc.metadata, 'decisions': doc.metadata.get('decisions', []) + new})
 
 # %% ../../nbs/70_data.stage.ipynb #report
+def amount(documents:int, n_bytes:int)->tuple[str, str]: # documents, MB
+    "As all reports show them"
+    return f'{documents:,}', f'{n_bytes/1e6:,.2f}'
+
 def tally_table(tally:Tally)->str: # Markdown
     "Documents and bytes, in, by rule and out"
-    def row(name, documents, size): return f'| {name} | {documents:,} | {size/1e6:,.2f} |'
+    def row(name, *counts): return f'| {name} | {" | ".join(amount(*counts))} |'
     rows = [row('in', tally.documents, tally.bytes_in)]
     for name, rule in sorted(tally.rules.items()): rows.append(row(f'- {name}', rule.documents, rule.removed))
     rows.append(row('out', tally.kept, tally.bytes_out))
