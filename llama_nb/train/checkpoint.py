@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'list_checkpoints', 'step_of', 'superseded', 'verify_checkpoint', 'load_checkpoint', 'read_state',
-           'check_finite', 'load_into', 'latest_checkpoint', 'Saver', 'HostMemory', 'lock_folder', 'consolidate']
+           'check_finite', 'check_moments', 'load_into', 'latest_checkpoint', 'Saver', 'HostMemory', 'lock_folder',
+           'consolidate']
 
 # %% ../../nbs/62_train.checkpoint.ipynb #imports
 import copy, errno, json, os, secrets, shutil, socket, stat, threading
@@ -20,7 +21,7 @@ from ..core import UserError, is_temporary
 from ..files import file_digest, fsync_folder, publish_folder, replacing
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
-from .sharded import (CheckpointError, Plan, StorageError, disk, files_of, plan_sharded,
+from .sharded import (SHORT, CheckpointError, Plan, StorageError, disk, files_of, plan_sharded,
                                     read_index, read_sharded, save_tensors, storage_on_all_ranks,
                                     storage_on_rank_zero, stored_json, write_sharded)
 from ..untrusted import Count, PlainName, Sha256, regular_size
@@ -68,7 +69,10 @@ def _as_json(state:dict)->str:
             raise CheckpointError(f'state[{key!r}] cannot be stored as JSON: {e}') from None
         if not same: raise CheckpointError(f'state[{key!r}] would come back from JSON as something else; '
                                            'use lists for tuples and text for keys')
-    return json.dumps(state)
+    text = json.dumps(state)
+    if len(text) <= SHORT: return text
+    raise CheckpointError(f'the state has {len(text):,} bytes as JSON, and may have {SHORT:,}; '
+                          'store tensors as tensors')
 
 # %% ../../nbs/62_train.checkpoint.ipynb #prepare
 def _begin(folder:Path, step:int)->Path:
@@ -253,6 +257,18 @@ def check_finite(path, tensors:dict[str,Tensor]): # path: of the checkpoint, for
         if not local.is_floating_point() or bool(local.isfinite().all()): continue
         raise CheckpointError(f'{path}: {name} has numbers that are not finite; remove the checkpoint to go '
                               'on from the one before it')
+
+# %% ../../nbs/62_train.checkpoint.ipynb #check-moments
+def check_moments(path,                        # of the checkpoint, for the message
+                  optimizer:dict[str,Tensor],  # 'norm.weight.exp_avg' -> tensor in any layout
+                  step:int):                   # of the run
+    "Raise `CheckpointError` naming the first part of AdamW's state that cannot be one"
+    for name, t in optimizer.items():
+        local, part = t.to_local() if isinstance(t, DTensor) else t, name.rpartition('.')[2]
+        wrong = part.endswith('_sq') and bool((local < 0).any())
+        if part == 'step': wrong = not 0 <= local.item() <= step
+        if wrong: raise CheckpointError(f'{path}: {name} has numbers that AdamW does not write after {step} '
+                                        'steps; remove the checkpoint to go on from the one before it')
 
 # %% ../../nbs/62_train.checkpoint.ipynb #load-into
 def load_into(path,                               # a checkpoint's folder
@@ -440,4 +456,5 @@ def consolidate(path, # a checkpoint's folder
     "One safetensors file of a checkpoint in any layout, whole or not there at all. Raises `CheckpointError`"
     out, (tensors, _) = Path(out), load_checkpoint(path, ('model',))
     if 'model' not in tensors: raise CheckpointError(f'{path} has no model')
+    check_finite(path, tensors['model'])
     with disk(out.parent), replacing(out) as tmp: save_tensors(tensors['model'], tmp)
