@@ -254,7 +254,9 @@ def check_finite(path, tensors:dict[str,Tensor]): # path: of the checkpoint, for
     "Raise `CheckpointError` naming the first tensor with a number that is not finite"
     for name, t in tensors.items():
         local = t.to_local() if isinstance(t, DTensor) else t
-        if not local.is_floating_point() or bool(local.isfinite().all()): continue
+        if not local.is_floating_point(): continue
+        if local.dtype.itemsize == 1: local = local.float()             # torch does not ask types of 8 bits
+        if bool(local.isfinite().all()): continue
         raise CheckpointError(f'{path}: {name} has numbers that are not finite; remove the checkpoint to go '
                               'on from the one before it')
 
