@@ -622,6 +622,8 @@ def _say(error:Exception)->int: # exit code
     "One line about a mistake, or about a failure that may pass"
     about_a_file = isinstance(error, OSError) and error.filename
     problem = f'{error.strerror or error}: {error.filename}' if about_a_file else str(error)
+    problem = printable(problem)
+    if len(problem) > 1000: problem = f'{problem[:600]} ... {problem[-300:]}'
     rank = os.environ.get('RANK', '0')
     who = '' if rank == '0' else f'rank {rank}: '
     passing = is_temporary(error)

@@ -7,7 +7,7 @@ __all__ = ['AXES', 'DTYPES', 'UserError', 'choose', 'TemporaryError', 'is_tempor
            'native_bfloat16', 'pick_dtype', 'to_autocast']
 
 # %% ../nbs/00_core.ipynb #imports
-import sys
+import errno, sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -48,12 +48,14 @@ class TemporaryError(UserError):
     "Storage or another machine failed, and nobody made a mistake: the same command may succeed later"
 
 _MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_MISTAKEN = errno.ELOOP, errno.ENAMETOOLONG                # and a link that leads to itself, a name too long
 
 def is_temporary(error:BaseException|None)->bool:
     "May the same command succeed later? Looks at the errors that led to this one, too"
     while error is not None:
         if isinstance(error, TemporaryError): return True
-        if isinstance(error, OSError) and not isinstance(error, _MISTAKES): return True
+        if isinstance(error, OSError) and not isinstance(error, _MISTAKES) and error.errno not in _MISTAKEN:
+            return True
         error = error.__cause__
     return False
 

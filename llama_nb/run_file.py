@@ -16,7 +16,7 @@ from .config import PRESETS, ModelConfig, shorten
 from .core import UserError, choose
 from .flags import parse_flags
 from .settings import PATHS, RunConfig, flatten, setting_names
-from .untrusted import read_bounded, read_json
+from .untrusted import printable, read_bounded, read_json
 
 # %% ../nbs/04_run_file.ipynb #read-toml
 TOML_BYTES = 2**16      # most of a run file or a mixture
@@ -30,9 +30,21 @@ def read_toml(path,
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read {path}: {getattr(e, "strerror", e)}') from e
     try:
-        return tomllib.loads(text)
+        found = tomllib.loads(text)
     except (ValueError, RecursionError) as e:           # a number of 5,000 digits, too
         raise UserError(f'{path} is not a TOML file: {e}') from None
+    _check_texts(path, found)
+    return found
+
+def _check_texts(path, table:dict):
+    "Raise `UserError` for a text with a control character: no name has one, and no path may"
+    inner = [table]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, dict): inner += [*value, *value.values()]
+        if isinstance(value, list): inner += value
+        if isinstance(value, str) and printable(value) != value:
+            raise UserError(f'{path} has a control character in the text {shorten(value)}')
 
 # %% ../nbs/04_run_file.ipynb #file-settings
 def _toml_settings(path)->dict:

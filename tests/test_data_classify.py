@@ -1,5 +1,5 @@
 "Classifiers: determinism, damaged models, text that holds fastText's own signs, and the choice of examples."
-import pickle, subprocess, sys
+import pickle, struct, subprocess, sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,41 @@ def test_a_cut_model_is_refused_and_does_not_hang(path, tmp_path, share):
     data = path.read_bytes()
     (tmp_path/'cut').write_bytes(data[:int(len(data)*share)])
     with pytest.raises(UserError, match='no fastText classifier'): TextClassifier(tmp_path/'cut')
+
+def number(at, value): # of the settings, which begin at byte 8, and of the dictionary, at byte 64
+    def change(data): struct.pack_into('<i', data, at, value)
+    return change
+
+def matrix(change):
+    "Change the number of rows and of columns of the vectors, or the numbers"
+    def found(data):
+        at = 92
+        for _ in range(struct.unpack_from('<i', data, 64)[0]): at = data.find(b'\0', at) + 10
+        change(data, at + 1, *struct.unpack_from('<qq', data, at + 1))
+    return found
+
+def turned(data, at, rows, columns): struct.pack_into('<qq', data, at, columns, rows)
+
+def shortened(data, at, rows, columns):
+    struct.pack_into('<qq', data, at, 10, columns)
+    del data[at + 16 + 40*columns:at + 16 + 4*rows*columns]
+
+def no_numbers(data, at, rows, columns): data[at + 16:at + 16 + 4*columns] = b'\xff'*4*columns
+
+UNTRUE = {'no width': number(8, 0), 'another width': number(8, 17), 'rows of words': number(28, 2**31 - 1),
+          'no loss': number(32, 99), 'no bucket': number(40, 0), 'a larger bucket': number(40, 2**31 - 1),
+          'long pieces': number(48, 2**31 - 1), 'more words': number(68, 10**9), 'no labels': number(72, 0),
+          'rows for columns': matrix(turned), 'ten rows': matrix(shortened), 'NaN': matrix(no_numbers)}
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('how', UNTRUE)
+def test_a_model_whose_parts_do_not_fit(path, tmp_path, how):
+    "It was read beyond its end: a wrong probability, a stack trace, a process that dies or does not end"
+    data = bytearray(path.read_bytes())
+    UNTRUE[how](data)
+    (tmp_path/'m').write_bytes(data)
+    with pytest.raises(UserError, match='no fastText classifier|does not work'):
+        TextClassifier(tmp_path/'m').predict('the right of all')
 
 @pytest.mark.parametrize('data', [b'\0'*200, b'\xff'*5000, b'PK\3\4' + b'x'*500])
 def test_other_files_are_refused(tmp_path, data):

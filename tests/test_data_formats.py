@@ -254,3 +254,18 @@ def test_mistakes_are_one_line(texts, tokens, monkeypatch, capsys, args, words):
     code, _, err = said(capsys, *(tokens/'tokenizer.model' if a == 'TOK' else a for a in args))
     assert code == 2 and words in err and err.count('\n') == 1, err
     assert [p.name for p in texts.parent.iterdir()] == ['texts']
+
+def test_parquet_that_grows_or_has_a_long_text(tmp_path):
+    "A megabyte that 100,000 rows share would be 100 GB of tokens"
+    pa = pytest.importorskip('pyarrow')
+    shared = pa.DictionaryArray.from_arrays(pa.array([0]*100_000, pa.int32()), pa.array(['x'*10**6]))
+    write_parquet(tmp_path/'shared.parquet', {'text': shared})
+    with pytest.raises(UserError, match='grows more than'): [*read_documents(tmp_path/'shared.parquet')]
+    write_parquet(tmp_path/'zeros.parquet', {'text': ['0'*2**25]}, compression='zstd', use_dictionary=False)
+    with pytest.raises(UserError, match='grows more than'): [*read_documents(tmp_path/'zeros.parquet')]
+    write_parquet(tmp_path/'long.parquet', {'text': ['y'*(2**26 + 1), 'a llama']}, compression='none')
+    told = []
+    docs = [*read_file(tmp_path/'long.parquet', 'long.parquet', lambda *said: told.append(said))]
+    assert [d.text for d in docs] == ['a llama'] and 'longer than' in told[0][1]
+    write_parquet(tmp_path/'lists.parquet', {'text': ['a llama'], 'id': [[1]*1000]})
+    assert len([*read_documents(tmp_path/'lists.parquet')][0].id) == 32

@@ -146,3 +146,39 @@ def test_without_the_library_the_way_out_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
     with pytest.raises(UserError, match=r"pip install 'llama_nb\[huggingface\]'"):
         Tokenizer(folder/'byte_level.json')
+
+ENDS = {'<|endoftext|>': 0, 'a': 1}
+
+def model(**said): return lambda made: made.update(model=said)
+def normalised(**said): return lambda made: made.update(normalizer=said)
+
+BROKEN = {'words without unknown': model(type='WordLevel', vocab=ENDS, unk_token='[UNK]'),
+          'unigrams without unknown': model(type='Unigram', unk_id=None, byte_fallback=False,
+                                            vocab=[['<|endoftext|>', 0.], ['a', -1.]]),
+          'an unknown that is none': lambda made: made['model'].update(vocab=ENDS, merges=[], unk_token='?'),
+          'an id of 2^31': lambda made: made['model']['vocab'].update(zzz=2**31),
+          'a table that is none': normalised(type='Precompiled', precompiled_charsmap=''),
+          'a long beginning': normalised(type='Prepend', prepend='x'*10**6),
+          'a text that grows': normalised(type='Sequence', normalizers=6*[
+              {'type': 'Replace', 'pattern': {'String': 'e'}, 'content': 'e'*100}])}
+
+@pytest.mark.parametrize('how', BROKEN)
+def test_a_tokenizer_json_that_cannot_work(tmp_path, how):
+    "The library raised something of its own, some of it no `Exception`, or took all memory"
+    made = json.loads(byte_level().to_str())
+    BROKEN[how](made)
+    (tmp_path/'t.json').write_text(json.dumps(made))
+    with pytest.raises(UserError) as e: Tokenizer(tmp_path/'t.json').encode('the sheep')
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+
+def test_chance_and_templates_of_a_tokenizer_json_count_for_nothing(tmp_path):
+    "A text has one row of ids, of the text alone: not with `dropout`, not where a template leaves it out"
+    library = byte_level()
+    library.save(str(tmp_path/'a.json'))
+    made = json.loads(library.to_str())
+    made['model']['dropout'] = .5
+    made['post_processor'] = {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {},
+                              'single': [{'SpecialToken': {'id': 'x', 'type_id': 0}}]}
+    (tmp_path/'b.json').write_text(json.dumps(made))
+    a, b = (Tokenizer(tmp_path/name) for name in ('a.json', 'b.json'))
+    for text in random_texts(3, 20): assert a.encode(text) == b.encode(text)

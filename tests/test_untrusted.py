@@ -115,7 +115,8 @@ def test_a_state_of_another_step(tmp_path, step):
                                      {'random': None}],
                          ids=str)
 def test_a_state_that_does_not_agree_with_itself(changes):
-    state = {'step': 20, 'data': {'batch': 20}, 'random': random_state(), 'skipped': 0}
+    data = {'batch': 20, 'manifest': 'x', 'seed': 0, 'seq_len': 64, 'batch_size': 4, 'shift': 0}
+    state = {'step': 20, 'data': data, 'random': random_state(), 'skipped': 0}
     assert run_state(dict(state)) == state
     refused(lambda: run_state(state | changes))
 

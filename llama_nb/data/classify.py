@@ -91,30 +91,46 @@ def train_classifier(examples:Iterable[tuple[str, str]], # (label, text), in the
     return TextClassifier(path)
 
 # %% ../../nbs/74_data.classify.ipynb #measure
-def _end_of_quantizer(data, at:int)->int:
-    dim, = struct.unpack_from('<i', data, at)
-    return at + 16 + 4*256*dim
+def _check(fine:bool):
+    if not fine: raise ValueError('facts that do not agree')
 
-def _end_of_matrix(data, at:int, quantised:bool)->int:
-    if not quantised:
-        rows, columns = struct.unpack_from('<qq', data, at)
-        return at + 16 + 4*rows*columns
-    norms, rows, _, codes = struct.unpack_from('<?qqi', data, at)
-    at = _end_of_quantizer(data, at + 21 + codes)
-    return _end_of_quantizer(data, at + rows) if norms else at
+def _end_of_quantizer(data, at:int, dim:int)->tuple[int, int]: # where it ends, codes of a row
+    found, parts, width, last = struct.unpack_from('<4i', data, at)
+    _check(found == dim and width > 0 and parts == -(-dim//width) and last == dim - (parts - 1)*width)
+    return at + 16 + 4*256*dim, parts
+
+def _end_of_matrix(data, at:int, *shape:int)->int: # shape: as the settings and the dictionary say
+    rows, columns = shape
+    if not data[at]:
+        _check(struct.unpack_from('<qq', data, at + 1) == shape)
+        return at + 17 + 4*rows*columns
+    norms, *found, codes = struct.unpack_from('<?qqi', data, at + 1)
+    at, parts = _end_of_quantizer(data, at + 22 + codes, columns)
+    _check((*found, codes) == (*shape, rows*parts))
+    return _end_of_quantizer(data, at + rows, 1)[0] if norms else at
+
+def _dictionary(data)->tuple[int, int, int, int]: # words, labels, rows of hashed features if pruned, its end
+    entries, words, labels, _, pruned = struct.unpack_from('<iiiqq', data, 64)
+    _check(words + labels == entries and min(words, labels) > 0 and pruned >= -1)
+    at = 92
+    for i in range(entries):
+        end = data.find(b'\0', at)                          # word, 0, count, kind
+        _check(end >= 0)
+        count, kind = struct.unpack_from('<qb', data, end + 1)
+        _check(kind == (i >= words) and 0 <= count < 2**48)
+        at = end + 10
+    end = at + 8*max(pruned, 0)
+    _check(all(0 <= row < pruned for _, row in struct.iter_unpack('<ii', data[at:end])))
+    return words, labels, pruned, end
 
 def _is_model(data)->bool:
-    "Whether the bytes are a complete supervised model of fastText"
-    magic, _, *settings = struct.unpack_from('<14i', data)
-    entries, _, _, _, pruned = struct.unpack_from('<iiiqq', data, 64)
-    at = 92
-    for _ in range(entries):
-        end = data.find(b'\0', at)                          # word, 0, count, kind
-        if end < 0: return False
-        at = end + 10
-    at += 8*max(pruned, 0)
-    for _ in ('vectors', 'labels'): at = _end_of_matrix(data, at + 1, bool(data[at]))
-    return magic == 793712314 and settings[7] == 3 and at == len(data)
+    "Whether the bytes are a supervised model of fastText whose parts fit each other"
+    magic, version, dim, *_, grams, loss, kind, bucket, least, most, _ = struct.unpack_from('<14i', data)
+    _check(magic == 793712314 and version in (11, 12) and kind == 3 and 1 <= loss <= 4 and dim > 0)
+    _check(grams <= 16 and 0 <= least and most <= 64 and (bucket > 0 or bucket == most == 0 and grams < 2))
+    words, labels, pruned, at = _dictionary(data)
+    at = _end_of_matrix(data, at, words + (bucket if pruned < 0 else pruned), dim)
+    return _end_of_matrix(data, at, labels, dim) == len(data)
 
 def check_model(path):
     "Raise `UserError` unless the file is a whole fastText classifier"
@@ -123,7 +139,7 @@ def check_model(path):
             fine = _is_model(data)
     except OSError as e:
         raise UserError(f'cannot read the classifier {path}: {e.strerror}') from e
-    except (ValueError, IndexError, struct.error):          # empty, or ends early
+    except (ValueError, IndexError, struct.error):          # empty, ends early, or does not fit
         fine = False
     if not fine: raise UserError(f'{path} is no fastText classifier, or is cut off or damaged; copy it again')
 
@@ -147,7 +163,10 @@ class TextClassifier:
         "What fastText thinks of the text"
         line = one_line(text, line_break)
         if not line: return {}
-        labels, scores = self.model.predict(line, k=-1)
+        try:
+            labels, scores = self.model.predict(line, k=-1)
+        except RuntimeError as e:                           # of numbers that are none
+            raise UserError(f'{self.path} does not work on this text: {e}') from None
         return {x.removeprefix('__label__'): min(float(p), 1.) for x, p in zip(labels, scores)}
 
 # %% ../../nbs/74_data.classify.ipynb #language-rules

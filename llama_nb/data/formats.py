@@ -15,7 +15,8 @@ from pathlib import PurePath
 from typing import BinaryIO
 from ..core import UserError, choose
 from .archive import decode_html, html_text
-from .documents import (DECOMPRESSORS, MAX_LINE, Document, Report, extra_module, is_text,
+from .documents import (DECOMPRESSORS, MAX_BESIDE, MAX_GROWTH, MAX_LINE, Document,
+                                     Report, extra_module, growth_limit, is_text,
                                      json_lines, open_stream, refuse, reporting, row_document, stream_lines,
                                      zstd_module)
 
@@ -103,20 +104,46 @@ def _naming_damage(place:str):
         said = str(e).partition('\n')[0]
         raise UserError(f'{place} is no Parquet file, or damaged ({said}); copy it again') from None
 
+def _check_growth(place:str, size:int, limit:int):
+    "Raise `UserError` for more than `growth_limit` allows"
+    if size <= limit: return
+    raise UserError(f'{place} grows more than {MAX_GROWTH}-fold when decompressed; this is no text')
+
+def _table_sizes(about)->tuple[int, int]: # bytes of the columns, unpacked and packed, says the metadata
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns), sum(c.total_compressed_size for c in columns)
+
+def _table_rows(table, text_key:str)->Iterator[dict]:
+    "One at a time: a text that stands in many rows is held once, and unpacked where it is read"
+    plain = [f.name for f in table.schema_arrow if not f.type.num_fields]
+    columns = [name for name in plain if name in (text_key, *_COLUMNS)]
+    for batch in table.iter_batches(_ROWS, columns=columns):
+        for i in range(batch.num_rows): yield {name: batch.column(name)[i].as_py() for name in columns}
+
+def _short_row(row:dict, place:str, name:str, report:Report, text_key:str)->Document|None:
+    "A row as a document, with the limits of JSON lines"
+    for key, value in row.items():
+        limit = MAX_LINE if key == text_key else MAX_BESIDE
+        if isinstance(value, (str, bytes)) and len(value) > limit:
+            return report(place, f'has a "{key}" longer than {limit:,} characters')
+    return row_document(row, place, name, report, text_key)
+
 def read_parquet(stream:BinaryIO, place:str, name:str, report:Report,
                  text_key:str='text')->Iterator[Document]:
     "A document per row. Raises `UserError` if the file is damaged, or no column is called `text_key`"
     parquet = extra_module('pyarrow.parquet', *_NEEDS['.parquet'][1:])
-    n = 0
     with _naming_damage(place):
-        table = parquet.ParquetFile(stream)
-        check_column(place, table.schema_arrow.names, text_key)
-        columns = [c for c in table.schema_arrow.names if c in (text_key, *_COLUMNS)]
-        for batch in table.iter_batches(_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                n += 1
-                doc = row_document(row, f'{place}, row {n},', name, report, text_key)
-                if doc is not None: yield doc
+        check_column(place, parquet.read_schema(stream).names, text_key)
+        table, size = parquet.ParquetFile(stream, read_dictionary=[text_key], buffer_size=2**20), 0
+        unpacked, packed = _table_sizes(table.metadata)
+        _check_growth(place, unpacked, growth_limit(packed))
+        for n, row in enumerate(_table_rows(table, text_key), 1):
+            doc = _short_row(row, f'{place}, row {n},', name, report, text_key)
+            if doc is None: continue
+            size += len(doc.text)
+            _check_growth(place, size, growth_limit(packed))
+            yield doc
 
 # %% ../../nbs/14_data.formats.ipynb #formats
 Reader = Callable[[BinaryIO, str, str, Report, str], Iterator[Document]]

@@ -11,14 +11,15 @@ __all__ = ['token_dtype', 'document_tokens', 'Encoded', 'encoded', 'shard_metada
 import json, shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Annotated, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, BinaryIO, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from msgspec import Meta
 from ..core import TemporaryError, UserError
+from .tokenizer import MOST_TOKENS
 from ..files import DISK_FULL, bytes_digest, file_digest, publishing
-from ..untrusted import Count, Sha256, decode_json, open_regular, read_bounded, regular_size
+from ..untrusted import (AnyName, Count, Sha256, decode_json, open_regular, read_bounded,
+                                regular_size)
 
 # %% ../../nbs/12_data.shards.ipynb #document-tokens
 def token_dtype(vocab_size:int)->np.dtype: # little-endian
@@ -107,7 +108,7 @@ _Number = Annotated[int, Meta(ge=1, le=2**42)]              # so that a million 
 
 class ShardEntry(TypedDict):
     "A shard in the manifest"
-    name:Annotated[str, Meta(min_length=1, max_length=2**12)]
+    name:AnyName
     tokens:_Number
     documents:_Number
     bytes:Count
@@ -124,11 +125,11 @@ class RowsEntry(TypedDict):
 
 class _Manifest(TypedDict):
     tokens_per_shard:Count
-    vocab_size:Annotated[int, Meta(ge=1, le=2**24)]
+    vocab_size:Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
     tokenizer_sha256:Sha256
     shards:Annotated[list[ShardEntry], Meta(min_length=1, max_length=2**20)]
-    files:dict[str, FileEntry]
-    provenance:NotRequired[dict[str, RowsEntry]]
+    files:dict[AnyName, FileEntry]
+    provenance:NotRequired[dict[AnyName, RowsEntry]]
 
 _MANIFEST_BYTES = 2**29                                     # 200 per file, of a million shards
 
@@ -156,6 +157,9 @@ def check_manifest(folder:Path, made:dict):
         if problem: raise UserError(f'{folder}/manifest.json has {shard["name"]} {problem}; '
                                     'write the shards again')
         seen.add(shard['name'])
+    if not any(shard['bytes'] for shard in made['shards']):
+        raise UserError(f'{folder}/manifest.json says that its documents have no text; '
+                        'write the shards again')
     strange = [name for name in made.get('provenance', {}) if name.removesuffix('.provenance') not in seen]
     if strange: raise UserError(f'{folder}/manifest.json has {strange[0]}, which belongs to no shard; '
                                 'write the shards again')
@@ -222,6 +226,16 @@ def _check_size(path:Path, wanted:int):
     if size == wanted: return
     raise UserError(f'{path} has {size} bytes instead of {wanted}; copy or write the shards again')
 
+# %% ../../nbs/12_data.shards.ipynb #line-of
+_ID_BYTES = 2**23                                           # most of a line that names a document
+
+def _line(f:BinaryIO, number:int)->bytes: # empty if there is none
+    "Line `number` from 0; of a longer one no more than its beginning is held"
+    line = b''
+    for _ in range(number + 1):
+        line = f.readline(_ID_BYTES)
+    return line
+
 # %% ../../nbs/12_data.shards.ipynb #token-shards
 class TokenShards:
     """A folder of token shards, memory-mapped; `share=None` checks no file.
@@ -285,7 +299,8 @@ class TokenShards:
         path = self.folder/shard['name']
         ends = _open_shard(Path(f'{path}.index'), np.dtype('<u8'), shard['documents'])
         number = int(np.searchsorted(ends, position - begin, side='right'))
-        if number == len(ends): raise UserError(f'{path}.index is damaged; copy or write the shards again')
+        if number == len(ends) or ends[number] > shard['tokens']:
+            raise UserError(f'{path}.index is damaged; copy or write the shards again')
         first = int(ends[number - 1]) if number else 0
         return path, number, begin + first, begin + int(ends[number])
 
@@ -294,7 +309,7 @@ class TokenShards:
         "The document in which a token stands. Raises `IndexError` beyond the ends of the stream"
         path, number, _, _ = self.find(position)
         names = Path(f'{path}.ids')
-        with open_regular(names, path.parent) as f: line = next(islice(f, number, None), b'')
+        with open_regular(names, path.parent) as f: line = _line(f, number)
         return decode_json(line, str, f'{names}, line {number + 1},')
 
     def verify(self):

@@ -22,7 +22,7 @@ from ..data.mixture import Mixture, open_tokens
 from ..data.shards import TokenShards, write_shards
 from ..data.sources import read_documents
 from ..data.tokenizer import Tokenizer
-from .load import load_model, named_or_newest, run_folder
+from .load import load_model, named_or_newest, run_folder, run_tokenizer
 from ..run_file import load_run
 from ..settings import RunConfig
 from ..train.loss import bits_per_byte, zlib_bits_per_byte
@@ -158,7 +158,8 @@ def evaluation(path,              # folder of a run, or of a checkpoint in it
               )->dict:            # of numbers and words, for JSON
     "Measure a trained model on text. Raises `UserError`"
     folder, device = run_folder(path), pick_device(device)
-    config, tokenizer = load_run(folder/'config.toml'), Tokenizer(folder/'tokenizer.model')
+    config = load_run(folder/'config.toml')
+    tokenizer = run_tokenizer(folder, config.model)
     seq_len = config.data.seq_len
     check_stride(stride or seq_len, seq_len)
     dtype = pick_dtype('float32' if config.train.dtype == 'float32' else 'auto', device)

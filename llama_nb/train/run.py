@@ -20,7 +20,7 @@ from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state, shift_after
 from ..data.mixture import make_loader, open_tokens
 from ..data.shards import TokenShards
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, check_tokenizer
 from ..files import write_atomic
 from ..model.kernels import backend_report, pick_backend
 from ..model.transformer import LLaMA
@@ -150,13 +150,14 @@ def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     c, share = config.data, rank_and_size()                   # the files' sizes are dealt out to the ranks
     shards = open_tokens(c.train, share)
     held_out = open_tokens(c.held_out, share) if c.held_out else None
-    for s in filter(None, (shards, held_out)): _check_vocabulary(s, config.model.vocab_size)
+    for s in filter(None, (shards, held_out)): _check_vocabulary(s, config.model.vocab_size, share[0] == 0)
     if held_out and held_out.tokenizer_digest != shards.tokenizer_digest:
         raise UserError(f'{c.train} and {c.held_out} were made by different tokenizers; '
                         'write both with the same one')
     return make_loader(shards, c.seq_len, c.batch_size, config.train.seed, c.shift), held_out
 
-def _check_vocabulary(shards:TokenShards, size:int):
+def _check_vocabulary(shards:TokenShards, size:int, first:bool): # first: of the ranks
+    if first: check_tokenizer(shards.tokenizer_path, shards.tokenizer_digest, shards.vocab_size)
     if shards.vocab_size <= size: return
     raise UserError(f'the shards in {shards.folder} have a vocabulary of {shards.vocab_size}, '
                     f'the model only {size}; set model.vocab_size to {shards.vocab_size}')
@@ -258,6 +259,7 @@ def _take_state(run:Trainer, path, digests:bool=True)->dict: # the state, withou
     tensors = run_tensors(run)
     state = run_state(ckpt.load_into(path, tensors, digests))
     on_all_ranks(lambda: [stored.check_finite(path, named) for named in tensors.values()])
+    on_all_ranks(lambda: ckpt.check_moments(path, tensors['optimizer'], state['step']))
     set_random_state(state['random'])
     run.step, run.guard.row, data = state['step'], state['skipped'], state['data']
     run.counted = run.step, state.get('tokens', run.step*data['batch_size']*data['seq_len'])
@@ -291,7 +293,7 @@ def _find_start(run:Trainer):
     "What a run without steps begins with, the same on every rank; a fork reads on where its parent stopped"
     run.start = on_rank_zero(lambda: check_start(run.config, run.loader.shards))
     if not (run.start and run.config.train.fork): return
-    state = on_rank_zero(lambda: stored.read_state(run.start.path))
+    state = on_rank_zero(lambda: run_state(stored.read_state(run.start.path)))
     run.loader.shift, _ = shift_after(run.loader, run.start.step, state['data'])
     run.config = replace(run.config, data=replace(run.config.data, shift=run.loader.shift))
 

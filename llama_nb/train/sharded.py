@@ -23,7 +23,8 @@ from ..files import bytes_digest, file_digest, fsync_file
 from ..parallel.mesh import rank_and_size
 from ..private import is_strided
 from .stored import (CheckpointError, add_sizes, check_fit, disk, file_index, flat_names,
-                                   part_file, read_box, reading, save_tensors, storage_on_all_ranks)
+                                   open_tensors, part_file, read_box, reading, save_tensors,
+                                   storage_on_all_ranks)
 
 # %% ../../nbs/62_train.sharded.ipynb #boxes
 def boxes_of(shape,            # of the whole tensor
@@ -246,10 +247,10 @@ def _read(folder:Path, index:dict, wanted:dict[str,Tensor]):
         file = folder if folder.is_file() else folder/part_file(part, rank)
         files[file].append((name, (index[full]['dtype'], shape), item))
     for file, items in files.items():
-        with reading(file), safe_open(file, 'pt') as f:
+        with reading(file), open_tensors(file) as f:
             for name, kind, item in items:
                 part = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
-                planner.resolve_tensor(item).detach().copy_(read_box(f, name, *kind, part))
+                planner.resolve_tensor(item).detach().copy_(read_box(f, file, name, *kind, part))
 
 # %% ../../nbs/62_train.sharded.ipynb #metadata
 def _metadata(index:dict)->Metadata:

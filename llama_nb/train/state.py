@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..core import UserError
+from ..data.loader import LoaderState
 
 # %% ../../nbs/60_train.state.ipynb #optimizer-tensors
 def optimizer_tensors(model:nn.Module,
@@ -85,7 +86,7 @@ class _RandomState(TypedDict):
 class RunState(TypedDict):
     "What `state.json` of a run's checkpoint holds"
     step:Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-    data:dict[str, Any]                                     # as from `loader_state`
+    data:LoaderState
     random:dict[str, Any]                                   # as from `random_state`
     skipped:Annotated[int, msgspec.Meta(ge=0, lt=2**31)]    # non-finite steps in a row
     tokens:NotRequired[Annotated[int, msgspec.Meta(ge=0, le=2**62)]]     # that were read
@@ -96,10 +97,10 @@ def run_state(state:dict)->RunState:
         state = msgspec.convert(state, RunState)
     except (msgspec.ValidationError, RecursionError) as e:
         raise UserError(f'the state of the checkpoint is damaged: {e}') from None
-    batch = state['data'].get('batch')
-    if type(batch) is int and batch == state['step']: return state
-    raise UserError(f'the state of the checkpoint is damaged: step {state["step"]}, '
-                    f'but its data stand at batch {str(batch)[:20]}')
+    batch = state['data']['batch']
+    if batch == state['step']: return state
+    raise UserError(f'the state of the checkpoint is damaged: step {state["step"]}, but its data stand at '
+                    f'batch {batch}')
 
 # %% ../../nbs/60_train.state.ipynb #random-state
 def random_state()->dict: # JSON can hold it
