@@ -6,7 +6,7 @@
 __all__ = ['join_shards', 'join_data']
 
 # %% ../../nbs/7N_data.join.ipynb #imports
-import os, shutil
+import json, os, shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TypedDict
@@ -14,7 +14,7 @@ from ..core import UserError
 from .engine import RECORD_BYTES
 from .shards import TokenShards, write_manifest
 from .units import SIDES
-from ..files import publishing
+from ..files import publishing, write_atomic
 from ..untrusted import read_json
 
 # %% ../../nbs/7N_data.join.ipynb #check-alike
@@ -68,11 +68,11 @@ def join_shards(folders:list, # of token shards, in the order that the tokens sh
 class _Job(TypedDict):
     held_out:float
 
-def _check_fractions(folders:list[Path]):
-    "Raise `UserError` if jobs held out different shares of the documents"
-    jobs = [f/'job.json' for f in folders]
+def _held_out(folders:list[Path])->float|None: # None if no folder says it
+    "The share of the documents that all held out. Raises `UserError` if they differ"
+    jobs = [f/name for f in folders for name in ('job.json', 'joined.json')]
     told = [read_json(job, _Job, RECORD_BYTES)['held_out'] for job in jobs if job.exists()]
-    if len({*told}) <= 1: return
+    if len({*told}) <= 1: return told[0] if told else None
     shares = ', '.join(map(str, told))
     raise UserError(f'these folders hold out different shares of the documents ({shares}); '
                     'what one learns another may hold out: write them with the same one')
@@ -82,10 +82,12 @@ def join_data(folders:list, # each with `train` and `held_out`
              )->dict[str, TokenShards]: # by side
     "Join results of `tokenise`. Raises `UserError` if they do not belong together"
     folders, out = [Path(f) for f in folders], Path(out)
-    _check_fractions(folders)
+    held_out = _held_out(folders)
     sides = {side: [f/side for f in folders] for side in SIDES}
     for side in SIDES:
         _check_alike([TokenShards(f) for f in sides[side]])
         if not (out/side).exists(): continue
         raise UserError(f'{out/side} is there already; remove it or choose another folder')
-    return {side: join_shards(sides[side], out/side) for side in SIDES}
+    joined = {side: join_shards(sides[side], out/side) for side in SIDES}
+    if held_out is not None: write_atomic(out/'joined.json', json.dumps({'held_out': held_out}))
+    return joined

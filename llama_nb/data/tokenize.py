@@ -88,8 +88,9 @@ class _ShardWriter:
     def take(self, f:BinaryIO, at:list[int], ends:np.ndarray, first:int, stop:int):
         "Documents `first` to `stop` of a part"
         token, account = map(int, ends[first - 1]) if first else (0, 0)
+        before = self.made['tokens']
         _copy(f, self.tokens, at[0] + token*self.size, at[0] + int(ends[stop - 1, 0])*self.size)
-        shifted = ends[first:stop, 0] - np.uint64(token) + np.uint64(self.made['tokens'])
+        shifted = ends[first:stop, 0] - np.uint64(token) + np.uint64(before)
         self.index.write(shifted.astype('<u8').tobytes())
         f.seek(at[2] + account)
         for _ in range(first, stop):
@@ -101,7 +102,7 @@ class _ShardWriter:
             self.made['bytes'] += int(n_bytes)
         self.made['tokens'] = int(shifted[-1])
         self.made['documents'] += stop - first
-        count_bytes((self.made['tokens'] - int(shifted[0]))*self.size + int(ends[stop - 1, 1]) - account)
+        count_bytes((self.made['tokens'] - before)*self.size + int(ends[stop - 1, 1]) - account)
 
 # %% ../../nbs/7L_data.tokenize.ipynb #pack-shard
 class _PackedShard(TypedDict):
