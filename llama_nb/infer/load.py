@@ -12,7 +12,7 @@ import torch
 from ..config import ModelConfig
 from ..core import UserError, pick_device
 from ..data.tokenizer import Tokenizer
-from ..model.transformer import LLaMA
+from ..model.transformer import LLaMA, empty_model
 from ..run_file import load_run
 from ..train.stored import (CheckpointError, check_finite, check_fit, latest_checkpoint,
                                    list_checkpoints, load_checkpoint, read_index)
@@ -50,7 +50,7 @@ def load_model(checkpoint,       # its folder
     if found != sizes.n_params:             # before a model is made, which may be of any size
         raise CheckpointError(f'{checkpoint} has {found:,} weights, and config.toml describes a model of '
                               f'{sizes.n_params:,}')
-    with torch.device('meta'): model = LLaMA(sizes)
+    model = empty_model(sizes)
     check_fit(checkpoint, {'model': model.state_dict()}, index)
     tensors = load_checkpoint(checkpoint, parts=('model',), digests=digests)[0]['model']
     check_finite(checkpoint, tensors)

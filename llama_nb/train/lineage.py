@@ -16,7 +16,7 @@ from ..core import UserError
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..files import file_digest, write_atomic
-from ..model.transformer import LLaMA
+from ..model.transformer import empty_model
 from ..parallel.mesh import on_all_ranks
 from ..run_file import load_run, named_step, read_origin, read_toml
 from ..settings import LATE_SETTINGS, RunConfig, changes, differences
@@ -101,7 +101,7 @@ def check_start(config:RunConfig,
     if not text or steps_done(config.out): return None
     start = find_start(text)
     if start.run: _check_parent(start, config, shards)
-    with torch.device('meta'): model = LLaMA(config.model)
+    model = empty_model(config.model)
     index = read_index(start.path) if start.run else file_index(start.path)
     weights = {name: entry for name, entry in index.items() if name.startswith('model/')}
     check_fit(start.path, {'model': model.state_dict()}, weights, types=start.run is not None)

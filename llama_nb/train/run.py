@@ -23,7 +23,7 @@ from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer, check_tokenizer
 from ..files import write_atomic
 from ..model.kernels import backend_report, pick_backend
-from ..model.transformer import LLaMA
+from ..model.transformer import LLaMA, empty_model
 from ..parallel.data import apply_data_parallel, materialize
 from ..parallel.mesh import data_rank, make_mesh, on_all_ranks, on_rank_zero
 from ..parallel.mesh import rank_and_size, total
@@ -218,7 +218,7 @@ def build_model(config:RunConfig,
     "The network of a run on `device`, with the weights of the run's seed"
     c = config.train
     pick_backend(c.attention, device, *attention_model(config, device))         # tried now
-    with torch.device('meta'): model = LLaMA(config.model, c.attention)
+    model = empty_model(config.model, c.attention)
     if mesh: apply_tensor_parallel(model, mesh['tensor'], config.parallel.sequence)
     apply_recompute(model, c.recompute, c.memory_budget)
     if c.compile == 'blocks': compile_model(model, backend)
