@@ -28,7 +28,7 @@ toy: .venv/installed
 	$(BIN)/llama-nb toy --out runs/toy
 
 # Each file in one process, so that its fixtures are made once
-test: notebooks compiled
+test: notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 versions: .venv/installed-test

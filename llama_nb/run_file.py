@@ -230,9 +230,9 @@ def _for_help(cls, prefix:str=''):
         else:
             continue
         changed.append((f.name, kind, field(default=default)))
-    known = {'__doc__': cls.__doc__, '__module__': cls.__module__}       # tyro finds the comments there
+    known = {'__doc__': cls.__doc__}
     made = make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True, namespace=known)
-    made.__module__ = cls.__module__                                    # since 3.12 that of this function
+    made.__module__ = cls.__module__                                    # tyro finds the comments there
     line = vars(cls).get('__firstlineno__')                             # from Python 3.13 on by this
     if line: made.__firstlineno__ = line
     return made

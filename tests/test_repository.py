@@ -232,6 +232,22 @@ def test_a_failed_cell_is_seen(tmp_path):
     (tmp_path/'page.ipynb').write_text(json.dumps({'cells': cells}))
     assert failed_cells(tmp_path/'page.ipynb') == ['bad']
 
+def cells_with_paths(page):
+    "Cells whose outputs name a file of an installed package, and so the folder of whoever ran them"
+    return [c['id'] for c in json.loads(page.read_text(encoding='utf-8'))['cells']
+            if 'site-packages/' in json.dumps(c.get('outputs', ()))]
+
+@pytest.mark.parametrize('page', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_no_page_shows_where_it_was_run(page):
+    assert cells_with_paths(page) == [], 'take the warning out of the cell'
+
+def test_a_path_of_a_machine_is_seen(tmp_path):
+    text = '/somewhere/lib/python3.11/site-packages/tqdm/auto.py:21: TqdmWarning'
+    cells = [{'id': 'bad', 'outputs': [{'output_type': 'stream', 'name': 'stderr', 'text': [text]}]},
+             {'id': 'good', 'outputs': [{'output_type': 'stream', 'name': 'stdout', 'text': ['tqdm']}]}]
+    (tmp_path/'page.ipynb').write_text(json.dumps({'cells': cells}))
+    assert cells_with_paths(tmp_path/'page.ipynb') == ['bad']
+
 # --- what `make` installs: the versions that were named ------------------------------------------
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, TensorProperties,
                                                    TensorStorageMetadata)
@@ -23,7 +22,7 @@ from ..files import bytes_digest, file_digest, fsync_file
 from ..parallel.mesh import rank_and_size
 from ..private import is_strided
 from .stored import (CheckpointError, add_sizes, check_fit, disk, file_index, flat_names,
-                                   open_tensors, part_file, read_box, reading, save_tensors,
+                                   local_part, open_tensors, part_file, read_box, reading, save_tensors,
                                    storage_on_all_ranks)
 
 # %% ../../nbs/62_train.sharded.ipynb #boxes
@@ -109,7 +108,7 @@ def plan_sharded(tensors:dict[str,dict[str,Tensor]], # part -> name -> Tensor or
     for name, t in flat.items():
         here = np.flatnonzero(writers[name] == rank)
         if not len(here): continue
-        mine[name] = (t.to_local() if isinstance(t, DTensor) else t).detach()
+        mine[name] = local_part(t).detach()
         offsets[name] = boxes[name][0][here[0]].tolist()
     return Plan({name: (t.dtype, tuple(t.shape)) for name, t in flat.items()}, boxes, writers, mine, offsets)
 
