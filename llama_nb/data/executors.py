@@ -40,6 +40,7 @@ def _end_with_parent():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/7J_data.executors.ipynb #outcome
 def _outcome(work:bytes, item:tuple): # what it returns, or the error that it raises
     try:
         return _unpickled(work)(*item)
@@ -322,6 +323,7 @@ class Ray:
             raise TemporaryError(f'Ray does not answer ({e}); look after it, then the same command') from e
         return ray
 
+# %% ../../nbs/7J_data.executors.ipynb #ray-result
 def _one_file(step:Callable, rank:int, world_size:int):
     for _ in step(None, rank, world_size): pass
 
