@@ -1,19 +1,19 @@
 "Each of the seven sources from raw files to documents, killed and resumed, refused and redone."
 import gzip, io, json, multiprocessing, os, random, shutil, signal, sys, tarfile, time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 import pytest
 from llama_nb.core import UserError
-from llama_nb.data import corpus
+from llama_nb.data import corpus, pipeline, report
 from llama_nb.data.corpus import clean_source
 from llama_nb.data.documents import Document, text_id, write_jsonl
 from llama_nb.data.engine import summary
 from llama_nb.data.mediawiki import write_export
-from llama_nb.data.pipeline import DOCUMENTS, SOURCES, Models, find_files, make_plan, source_job
+from llama_nb.data.pipeline import DOCUMENTS, SOURCES, Models, find_files, make_plan
 from llama_nb.data.report import result_text
 from llama_nb.data.sources import read_documents
-from llama_nb.data.stage import PRESETS
+from llama_nb.data.stage import PRESETS, choice
 
 NONE = Models('none', 'none', 'none')
 PROSE = ['The river rises in the hills and flows past the old mill.',
@@ -223,7 +223,25 @@ def test_every_preset_of_every_source_has_a_plan(preset, models):
     for source in RAW:
         plan = make_plan(source, preset, models, 100)
         assert plan.steps and not plan.notes
-        assert source_job(source, preset, models).read is plan.source.read
+
+def test_a_preset_may_say_how_many_files_are_compared(monkeypatch):
+    @dataclass(frozen=True)
+    class Smaller(pipeline.OrderRules): group:int = choice(50, 'files', 'ccnet', ccnet=10)
+    def groups(preset):
+        _, clean, _ = make_plan('commoncrawl', preset, NONE, 100).steps[0]
+        return clean.keywords['rules'].scopes
+    monkeypatch.setattr(pipeline, 'OrderRules', Smaller)
+    assert (groups('paper'), groups('ccnet')) == (2, 10)
+
+def test_the_report_shows_large_files_unless_they_must_be_read_as_a_whole(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, '_SMALL', 0)
+    for source in RAW:
+        run(raw, source, tmp_path/source)
+        page = (tmp_path/source/'report.html').read_text()
+        assert ('Nothing to show' in page) != ('<h3><code>' in page)
+        assert ('of at most 0 MiB' in page) == (source == 'stackexchange')
+        changed = source in ('commoncrawl', 'github', 'wikipedia', 'books', 'arxiv')
+        assert ('<del>' in page) == changed
 
 def test_a_changed_preset_is_refused_and_redone(raw, tmp_path):
     run(raw, 'github', tmp_path)

@@ -26,6 +26,7 @@ def act(what, seconds=0):
     time.sleep(seconds)
     if what == 'exit': os._exit(3)
     if what == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+    if what == 'signal': os.kill(os.getpid(), signal.SIGUSR1)
     if what == 'odd': raise Odd('this', 'that')
     if what == 'disk': raise OSError(5, 'Input/output error', 'a name')
     if what == 'cause':
@@ -70,7 +71,8 @@ def test_everything_is_done_once_whatever_takes_how_long(acting, seed):
 
 @pytest.mark.parametrize('what, kind, words', [
     ('exit', TemporaryError, 'ended with exit code 3 at exit'),
-    ('kill', TemporaryError, 'was killed.* at kill'),
+    ('kill', TemporaryError, 'was killed by SIGKILL, perhaps because the memory was full, at kill'),
+    ('signal', TemporaryError, 'was killed by SIGUSR1 at signal'),
     ('odd', RuntimeError, 'Odd: this and that'), ('disk', OSError, 'Input/output error'),
     ('cause', TemporaryError, 'could not read'), ('mistake', UserError, 'a mistake')])
 def test_what_happens_in_a_process_is_said(acting, what, kind, words):

@@ -169,9 +169,9 @@ def test_documents_that_lead_out_of_their_folder(cleaned, tmp_path):
 def test_the_cut_offs_beside_a_model(tmp_path, how):
     (tmp_path/'en.json').write_text('{"head": 1, "tail": 2.5}')
     rules = PerplexityRules()
-    assert pipeline._cutoffs(rules, f'{tmp_path}/en.arpa', 1).tail == 2.5
+    assert pipeline._cutoffs(rules, f'{tmp_path}/en.arpa', 1, 'paper').tail == 2.5
     DAMAGES[how](tmp_path/'en.json')
-    changed = outcome(lambda: pipeline._cutoffs(rules, f'{tmp_path}/en.arpa', 1))
+    changed = outcome(lambda: pipeline._cutoffs(rules, f'{tmp_path}/en.arpa', 1, 'paper'))
     assert changed is None or changed in (rules, pipeline.replace(rules, head=1., tail=2.5))
 
 @pytest.mark.parametrize('how', DAMAGES)

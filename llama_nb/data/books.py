@@ -238,6 +238,7 @@ def _check(rules:BookRules):
         if getattr(rules, name) not in values:
             raise UserError(f'{name} must be one of {", ".join(values)}, not {getattr(rules, name)!r}')
 
+# %% ../../nbs/7B_data.books.ipynb #verdicts
 def _larger(names:Iterable[str], store:_Store, rules:BookRules, folder, memory:int)->dict[str, list[str]]:
     "For each book those that would be kept before it and overlap too much"
     order = sorted(names, key=lambda n: (-store.sizes[n] if rules.keep == 'longest' else 0, n))

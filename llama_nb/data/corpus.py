@@ -21,7 +21,7 @@ from .documents import Document, Report, refuse
 from .engine import (RECORD_BYTES, Job, check_inputs, claim_folder, describe, read_record,
                                   run_job, same_input)
 from .executors import LOCAL, find_executor, spread
-from .pipeline import NAME, Models, OnDemand, Pipeline, Step, make_plan
+from .pipeline import NAME, Models, OnDemand, Plan, Step, make_plan
 from .report import write_reports
 from .sources import cleaned_files, read_documents
 from .stage import Decision, Tally
@@ -86,6 +86,24 @@ def _compare(ask:Callable, files:dict[str, str], parts:int, folder:Path, workers
              if not (folder/f'first-{part:05}-of-{parts:05}').exists()]
     _all_done(merge_pairs, tasks, workers, words and f'{words}: merge')
 
+# %% ../../nbs/7H_data.corpus.ipynb #has-answer
+def _has_answer(step:Step, folder:Path)->bool:
+    "Whether what a pass has collected can be read"
+    if not step.collect: return True
+    with suppress(UserError, FileNotFoundError):
+        step.load(folder/'answer.json')
+        return True
+    return False
+
+def _old(folder:Path)->list[str]:
+    "Pairs and intervals of an earlier question"
+    return [p.name for pattern in ('pairs-*', 'first-*') for p in folder.glob(pattern)]
+
+def _sweep(folder:Path, *patterns:str):
+    "Remove what is not needed any more, or was left by a process that was killed"
+    for pattern in patterns:
+        for path in folder.glob(pattern): remove(path)
+
 # %% ../../nbs/7H_data.corpus.ipynb #find-answer
 def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
                 files:dict[str, str],       # of documents, by number
@@ -110,33 +128,18 @@ def find_answer(step:Step, ask:Callable,    # pairs or collect, with settings
     if step.collect: return OnDemand(step.load, folder/'answer.json', digest)
     return OnDemand(FirstOnDisk if first else unrepeated, folder, digest)
 
-def _has_answer(step:Step, folder:Path)->bool:
-    "Whether what a pass has collected can be read"
-    if not step.collect: return True
-    with suppress(UserError, FileNotFoundError):
-        step.load(folder/'answer.json')
-        return True
-    return False
-
-def _old(folder:Path)->list[str]: return [p.name for p in folder.glob('[pf]*-0*')]
-
-def _sweep(folder:Path, *patterns:str):
-    "Remove what is not needed any more, or was left by a process that was killed"
-    for pattern in patterns:
-        for path in folder.glob(pattern): remove(path)
-
 # %% ../../nbs/7H_data.corpus.ipynb #run-phases
 def _words(i:int, n:int, phase:list, progress:bool)->str:
     if not progress: return ''
     return f'{i + 1}/{n} ' + ', '.join(['read'][i:] + [step.name for step, *_ in phase])
 
-def _phase_job(plan:Pipeline, i:int, answer:OnDemand|None)->Job:
+def _phase_job(plan:Plan, i:int, answer:OnDemand|None)->Job:
     "What is done to the files of a phase"
     steps = [(step.name, clean) for step, clean, _ in plan.phases[i]]
     if answer: steps[0] = steps[0][0], partial(across, clean=steps[0][1], answer=answer)
     return Job(read_pass if i else plan.source.read, tuple(steps))
 
-def _run_phases(plan:Pipeline, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
+def _run_phases(plan:Plan, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
                )->dict[str, Tally]:
     names, total, made, n = sorted(inputs), {}, {}, len(plan.phases)
     files = {f'{i:06}': str(inputs[name]) for i, name in enumerate(names)}
@@ -163,14 +166,14 @@ def _counted(total:dict[str, Tally])->dict[str, Tally]:
     n, size = first.documents, first.bytes_in
     return {**total, 'read': replace(total['read'], documents=n, kept=n, bytes_in=size, bytes_out=size)}
 
-def _finish(plan:Pipeline, inputs:dict, out:Path, total:dict[str, Tally]):
+def _finish(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
     "Write the reports, and then that everything is done"
     write_reports(plan, inputs, out, total)
     seen = {name: read_record(path)['input'] for name, path in _records(plan, inputs, out)}
     about = {'inputs': seen, 'tallies': {name: asdict(tally) for name, tally in total.items()}}
     write_atomic(out/'finished.json', json.dumps(about, indent=1) + '\n')
 
-def _records(plan:Pipeline, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the raw files
+def _records(plan:Plan, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the raw files
     several, names = len(plan.phases) > 1, sorted(inputs)
     folder = out/'passes'/'0-documents' if several else out
     numbers = [f'{i:06}' if several else name for i, name in enumerate(names)]
@@ -196,7 +199,7 @@ def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
 _PARTS = ('finished.json', 'manifest.json', 'job.json', 'documents', 'records', 'passes', 'report.md',
           'report.html')
 
-def _about(plan:Pipeline, name:str, preset:str, inputs:dict)->dict: # JSON
+def _about(plan:Plan, name:str, preset:str, inputs:dict)->dict: # JSON
     steps = [[step.name, describe(clean), ask and describe(ask)] for step, clean, ask in plan.steps]
     return {'corpus': {'source': name, 'preset': preset}, 'files': sorted(inputs), 'steps': steps,
             'read': describe(plan.source.read), 'version': llama_nb.__version__}

@@ -40,6 +40,7 @@ def _end_with_parent():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/7J_data.executors.ipynb #outcome
 def _outcome(work:bytes, item:tuple): # what it returns, or the error that it raises
     try:
         return _unpickled(work)(*item)
@@ -84,17 +85,22 @@ def _start_worker(work:bytes, prepare:Callable|None)->tuple: # pipe, process
     its.close()                                                 # so that its death is the end of the pipe
     return ours, process
 
+# %% ../../nbs/7J_data.executors.ipynb #answer
+def _how_ended(code:int)->str: # of a process; below zero the number of a signal
+    "How a worker has ended, for its error"
+    if code >= 0: return f'ended with exit code {code}'
+    known = {int(s): s.name for s in signal.Signals}
+    guess = ', perhaps because the memory was full,' if code == -signal.SIGKILL else ''
+    return f'was killed by {known.get(-code, f"signal {-code}")}{guess}'
+
 def _answer(pipe, process, item:tuple):
     "What a worker has to say. Raises the error that it met, and `TemporaryError` if it has died"
     try:
         answer = pipe.recv()
     except (EOFError, OSError):
         process.join()
-        code = process.exitcode
-        killed = 'was killed, perhaps because the memory was full,'
-        how = killed if code < 0 else f'ended with exit code {code}'
-        raise TemporaryError(f'a worker {how} at {item[0]}; the same command goes on with the files that '
-                             'are left') from None
+        raise TemporaryError(f'a worker {_how_ended(process.exitcode)} at {item[0]}; the same command goes '
+                             'on with the files that are left') from None
     if isinstance(answer, BaseException): raise answer
     return answer
 
@@ -130,6 +136,7 @@ def _send(pipe, *messages):
             send = pipe.send_bytes if isinstance(message, bytes) else pipe.send
             send(message)
 
+# %% ../../nbs/7J_data.executors.ipynb #spread
 def spread(work:Callable, items:list[tuple], workers:int, prepare:Callable|None=None)->Iterator:
     "The same for work that is safe anywhere: here, if there is one item or one worker"
     if workers > 1 and len(items) > 1: return in_processes(work, items, min(workers, len(items)), prepare)
@@ -316,6 +323,7 @@ class Ray:
             raise TemporaryError(f'Ray does not answer ({e}); look after it, then the same command') from e
         return ray
 
+# %% ../../nbs/7J_data.executors.ipynb #ray-result
 def _one_file(step:Callable, rank:int, world_size:int):
     for _ in step(None, rank, world_size): pass
 

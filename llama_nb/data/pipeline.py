@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME', 'SOURCES', 'DOCUMENTS', 'text_places', 'clean_equal', 'Step', 'Source', 'Models', 'OnDemand', 'load_tokens',
            'read_pages', 'count_sites', 'keep_site', 'load_sites', 'find_copies', 'load_copies', 'OrderRules',
-           'find_source', 'Pipeline', 'make_plan', 'source_job', 'find_files']
+           'find_source', 'Plan', 'make_plan', 'find_files']
 
 # %% ../../nbs/7G_data.pipeline.ipynb #imports
 import glob, os, re
@@ -27,7 +27,6 @@ from .classify import (LanguageRules, ReferenceRules, TextClassifier, check_mode
 from .commoncrawl import CCNetRules, clean_ccnet, line_places
 from .dedup import IsFirst, text_key
 from .documents import Document, Report, extra_module, refuse, text_id
-from .engine import Job
 from .formats import read_file
 from .github import GithubRules, clean_code, clean_copies, clean_licence, read_project
 from .mediawiki import read_wikipedia
@@ -68,11 +67,11 @@ class Step:
     pairs:Callable|None=None            # across documents: (documents, rules) -> (key, place)
     collect:Callable|None=None          # or: (documents, rules, folder, memory) -> JSON
     load:Callable|None=None             # what the cleaner asks, from what was collected
-    first:Callable=lambda rules: True   # whether the first place of a key is asked for, or keys of several
+    first:Callable=lambda rules: True   # True: a key's first place is kept; False: no key of several is
     when:Callable=_always               # whether a preset has it
     early:Callable=_never               # whether it changes places with the step before it
     needless:Callable=lambda rules, n_files: False          # whether there are too few files for it
-    tune:Callable=lambda rules, model, n_files: rules       # settings that follow from model and files
+    tune:Callable=lambda rules, model, n_files, preset: rules       # settings that follow from these
 
     @property
     def across(self)->bool: return bool(self.pairs or self.collect)
@@ -87,6 +86,7 @@ class Source:
     example:str                         # of such names, for people
     steps:tuple[Step, ...]
     needs:tuple[str, ...]=()            # modules of the `data` extra
+    streams:bool=True                   # whether it gives documents before it has read a whole file
 
     @property
     def rules(self)->tuple[type, ...]: return tuple(dict.fromkeys(s.rules for s in self.steps if s.rules))
@@ -107,7 +107,7 @@ class _CutOffs(TypedDict):
     head:float
     tail:float
 
-def _cutoffs(rules:PerplexityRules, model:str, n_files:int)->PerplexityRules:
+def _cutoffs(rules:PerplexityRules, model:str, n_files:int, preset:str)->PerplexityRules:
     "The rules with the cut-offs that lie beside the model. Raises `UserError`"
     place = _beside(model, '.json')
     if place is None: return rules
@@ -209,8 +209,8 @@ class OrderRules:
     references:bool = choice(True, 'pages stay if Wikipedia would cite them', 'paper', ccnet=False)
     equal_pages:bool = choice(False, 'of equal pages one stays', 'paper', redpajama=True)
 
-def _scopes(rules:CCNetRules, model:str, n_files:int)->CCNetRules:
-    group = OrderRules().group
+def _scopes(rules:CCNetRules, model:str, n_files:int, preset:str)->CCNetRules:
+    group = stages.preset(OrderRules, preset).group
     return replace(rules, scopes=max(1, min(rules.scopes, -(-n_files//group))))
 
 # %% ../../nbs/7G_data.pipeline.ipynb #web-sources
@@ -263,7 +263,7 @@ _STACKEXCHANGE = Source(
     '.7z, or Posts.xml', (
         Step('posts', clean_stackexchange, StackexchangeRules),
         Step('sites', keep_site, StackexchangeRules, collect=count_sites, load=load_sites,
-             needless=lambda rules, n_files: n_files <= rules.n_sites)))
+             needless=lambda rules, n_files: n_files <= rules.n_sites)), streams=False)
 
 SOURCES = {'commoncrawl': _COMMONCRAWL, 'c4': _C4, 'github': _GITHUB, 'wikipedia': _WIKIPEDIA,
            'books': _BOOKS, 'arxiv': _ARXIV, 'stackexchange': _STACKEXCHANGE}
@@ -278,7 +278,7 @@ def find_source(name:str)->Source:
 
 # %% ../../nbs/7G_data.pipeline.ipynb #plan
 @dataclass(frozen=True)
-class Pipeline:
+class Plan:
     "The steps of a source for a preset, with settings and models"
     source:Source
     steps:tuple[tuple[Step, Callable, Callable|None], ...]  # cleaner, and what is done across documents
@@ -306,7 +306,7 @@ def _model_of(step:Step, models:Models, name:str)->tuple[str, str]: # path, or w
                     'or say none to leave the stage out')
 
 def _with_settings(step:Step, preset:str, model:str, n_files:int)->tuple[Step, Callable, Callable|None]:
-    rules = step.tune(stages.preset(step.rules, preset), model, n_files) if step.rules else None
+    rules = step.tune(stages.preset(step.rules, preset), model, n_files, preset) if step.rules else None
     given = {'rules': rules} if step.rules else {}
     asked = _MODELS[step.model](model) if step.model else {}
     across = step.pairs or step.collect
@@ -315,7 +315,7 @@ def _with_settings(step:Step, preset:str, model:str, n_files:int)->tuple[Step, C
 # %% ../../nbs/7G_data.pipeline.ipynb #make-plan
 def make_plan(source:str, preset:str='paper', models:Models=Models(),
               n_files:int=1,        # of the input
-             )->Pipeline:
+             )->Plan:
     "What is done to a source. Raises `UserError` for what is unknown or missing"
     found, notes, steps = find_source(source), [], []
     for module in found.needs: extra_module(module, f'{found.title} needs')
@@ -327,12 +327,7 @@ def make_plan(source:str, preset:str='paper', models:Models=Models(),
             continue
         step, clean, across = _with_settings(step, preset, model, n_files)
         if not step.needless(clean.keywords.get('rules'), n_files): steps.append((step, clean, across))
-    return Pipeline(found, tuple(steps), tuple(notes))
-
-def source_job(source:str, preset:str='paper', models:Models=Models())->Job:
-    "All that is done to a document by itself, without the passes across documents. Raises `UserError`"
-    plan = make_plan(source, preset, models)
-    return Job(plan.source.read, tuple((s.name, clean) for s, clean, _ in plan.steps if not s.across))
+    return Plan(found, tuple(steps), tuple(notes))
 
 # %% ../../nbs/7G_data.pipeline.ipynb #find-files
 def _take_out(place:str, why:str):

@@ -10,7 +10,7 @@ import difflib, os
 from itertools import islice
 from pathlib import Path
 from .engine import report_text, summary
-from .pipeline import Pipeline
+from .pipeline import Plan
 from .sources import cleaned_files, read_documents
 from .stage import Tally, amount
 from ..files import write_atomic
@@ -18,24 +18,25 @@ from ..files import write_atomic
 # %% ../../nbs/7I_data.report.ipynb #changes
 _HEAD, _LINES = 20_000, 400                                 # characters and lines of a document
 
-def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-' or '+', line)
+def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-', '+' or '...', line)
     "The first lines that differ"
     old, new = before.splitlines()[:_LINES], after.splitlines()[:_LINES]
     cut = max(len(before), len(after)) == _HEAD or max(len(old), len(new)) == _LINES
-    lines = [line for line in difflib.unified_diff(old, new, n=1, lineterm='') if line[:2] != '@@'][2:]
+    lines = [*difflib.unified_diff(old, new, n=1, lineterm='')][3:]     # without names and the first @@
     while cut and any(line[0] == ' ' for line in lines) and lines[-1][0] != ' ':
         lines.pop()                                         # only one of the two was cut there
-    return [(line[0], line[1:300]) for line in lines[:30]]
+    return [('...', '') if line[0] == '@' else (line[0], line[1:300]) for line in lines[:30]]
 
 # %% ../../nbs/7I_data.report.ipynb #before-after
-_SMALL, _LOOK_AT = 2**26, 200                               # bytes of a raw file; documents of it
+_SMALL, _LOOK_AT = 2**26, 200       # bytes of a file that must be read as a whole; documents of any
 
-def before_and_after(plan:Pipeline, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
-    "What became of a few documents of the first small file"
+def before_and_after(plan:Plan, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
+    "What became of a few documents of the first file of which something is left"
     made, unread = cleaned_files(out), Tally()              # it was reported when the file was cleaned
     for name in sorted(inputs):
         output = f'documents/{name}.jsonl.zst'
-        if not made[output]['documents'] or os.path.getsize(inputs[name]) > _SMALL: continue
+        large = not plan.source.streams and os.path.getsize(inputs[name]) > _SMALL
+        if large or not made[output]['documents']: continue
         docs = islice(plan.source.read(str(inputs[name]), unread.problem), _LOOK_AT)
         raw = {doc.id: doc.text[:_HEAD] for doc in docs}
         kept = [d for d in islice(read_documents(out/output), _LOOK_AT)
@@ -79,7 +80,8 @@ _TEMPLATE = '''<!doctype html>
 {% for where, text in r.examples %}<li><code>{{ where }}</code>: <bdi>{{ text }}</bdi></li>{% endfor %}
 </ul></details>{% endfor %}{% if t.unread %}<p>{{ '{:,}'.format(t.unread) }} could not be read.</p>
 <ul>{% for problem in t.problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
-{% if samples %}<h2>Before and after</h2>{% endif %}
+<h2>Before and after</h2>
+{% if not samples %}<p>Nothing to show: no document was changed and kept among {{ looked_at }}.</p>{% endif %}
 {% for name, changes in samples %}<h3><code>{{ name }}</code></h3><pre>
 {%- for mark, line in changes %}{% set tag = {'-': 'del', '+': 'ins'}[mark] or 'span' %}
 <{{ tag }}>{{ mark }} <bdi>{{ line }}</bdi></{{ tag }}>{% endfor %}
@@ -87,16 +89,18 @@ _TEMPLATE = '''<!doctype html>
 '''
 
 # %% ../../nbs/7I_data.report.ipynb #html-report
-def html_report(plan:Pipeline, total:dict[str, Tally], samples:list)->str: # a page
+def html_report(plan:Plan, total:dict[str, Tally], samples:list)->str: # a page
     "What was kept and what was removed, for people"
     from jinja2 import Environment                          # torch needs it, so it is there
     size = max(total['read'].bytes_out, 1)
+    limit = '' if plan.source.streams else f' of at most {_SMALL//2**20} MiB'
     template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
     return template.render(title=plan.source.title, style=_STYLE, notes=plan.notes, total=total.items(),
-                           size=size, samples=samples, amount=amount) + '\n'
+                           size=size, samples=samples, amount=amount,
+                           looked_at=f'the first {_LOOK_AT} of a file{limit}') + '\n'
 
 # %% ../../nbs/7I_data.report.ipynb #write-reports
-def write_reports(plan:Pipeline, inputs:dict, out:Path, total:dict[str, Tally]):
+def write_reports(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
     "What was kept and what was removed: `report.md` and `report.html`. Raises `OSError`"
     text = report_text(total) + ''.join(f'\nLeft out: {note}.\n' for note in plan.notes)
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))

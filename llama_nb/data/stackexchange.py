@@ -22,7 +22,7 @@ from .documents import (MAX_GROWTH, Document, Report, extra_module, growth_limit
 from .stage import Decision, choice, n_bytes
 
 # %% ../../nbs/7E_data.stackexchange.ipynb #rows
-MAX_ROW = 2**22                 # bytes; a post of 30,000 characters has at most a twentieth
+MAX_ROW = 2**22                 # bytes; a post of 30,000 characters has less than a tenth
 _FRAME = re.compile(rb'(\xef\xbb\xbf)?<\?xml [^<>]*\?>|</?posts>|')
 
 def _row(line:bytes, place:str, report:Report)->dict|None:
