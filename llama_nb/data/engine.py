@@ -104,7 +104,7 @@ def _ask(address:str)->dict: # of fsspec
     except (ImportError, ValueError) as e:                      # fsspec names the package that is missing
         raise UserError(f'cannot ask for {address}: {e}') from None
 
-# %% ../../nbs/71_data.engine.ipynb #run-file
+# %% ../../nbs/71_data.engine.ipynb #record
 RECORD_BYTES = 2**28    # most of a record; it has examples, and the names of documents may be long
 
 def output_and_record(out, name:str)->tuple[Path, Path]: # where they stand in the folder of a job
@@ -121,6 +121,7 @@ def read_record(path:Path)->Record:
     "Raises `UserError` if it is damaged, `OSError`"
     return read_json(path, Record, RECORD_BYTES)
 
+# %% ../../nbs/71_data.engine.ipynb #accidents
 @contextmanager
 def _naming_a_full_disk(out):
     "A full disk, a used up quota or too large a file becomes a `TemporaryError` that says where"
@@ -141,6 +142,7 @@ def _naming_the_network(path:str):
         raise TemporaryError(f'{path} was not read to its end ({type(e).__name__}: {e}); the same command '
                              'reads it again') from e
 
+# %% ../../nbs/71_data.engine.ipynb #run-file
 def run_file(job:Job, path:str, name:str, out, digest:str)->str: # the name
     """Do one file: its documents and its record appear in folder `out`.
 
@@ -159,6 +161,7 @@ def run_file(job:Job, path:str, name:str, out, digest:str)->str: # the name
         write_atomic(record, json.dumps(text, indent=1) + '\n')
     return name
 
+# %% ../../nbs/71_data.engine.ipynb #is-done
 def _is_done(path:str, name:str, out, digest:str, now:dict)->bool: # now: the fingerprint of the input
     "Whether the record of a file is there, and is of this job and this input; if of others, it is removed"
     output, record = output_and_record(out, name)

@@ -49,8 +49,10 @@ def _head(pieces:Iterator[bytes], place:str)->tuple[str, bytes]: # (head, all th
     head = b''
     while _OPEN not in head and len(head) <= MAX_PAGE and (piece := next(pieces, b'')):
         head += piece
-    if b'<mediawiki' not in head or len(head) > 2*MAX_PAGE: raise UserError(f'{place} is no MediaWiki export')
-    return head.partition(_OPEN)[0].decode('utf-8', 'replace'), head
+    before = head.partition(_OPEN)[0]
+    if b'<mediawiki' not in before or len(before) > MAX_PAGE:
+        raise UserError(f'{place} is no MediaWiki export')
+    return before.decode('utf-8', 'replace'), head
 
 def _cut(pieces:Iterable[bytes], report:Report)->Iterator[tuple[int, bytes]]: # (number from 1, XML)
     "What ends in a </page>, without that"

@@ -79,6 +79,28 @@ class WikipediaRules:
     max_size:int = choice(2**21, 'bytes of wikitext; MediaWiki takes no more', 'ours')
     max_work:float = choice(2e7, 'unmatched marks times characters, above which no page is parsed', 'ours')
 
+# %% ../../nbs/7A_data.wikipedia.ipynb #plain
+class _Walk:
+    "A walk over a tree. `taken` counts the bytes that were left out, by kind; `first` has examples"
+    def __init__(self, rules:WikipediaRules, names:Language):
+        self.rules, self.names, self.taken, self.first = rules, names, Counter(), {}
+
+    def code(self, tree)->str: return ''.join([self.node(node) for node in tree.nodes])
+
+    def node(self, node)->str: return getattr(self, type(node).__name__.lower())(node)
+
+    def drop(self, kind:str, node, kept:str='')->str:
+        whole = str(node)
+        self.taken[kind] += n_bytes(whole) - n_bytes(kept)
+        self.first.setdefault(kind, whole[:80])
+        return ''
+
+    def text(self, node)->str: return node.value
+
+    def heading(self, node)->str:
+        if not self.rules.headings: return self.drop('headings', node)
+        return f'{_HEADING}{node.level}{self.code(node.title).strip()}'
+
 # %% ../../nbs/7A_data.wikipedia.ipynb #links
 _OPTION = re.compile(r'\s*(?:[\w-]+|\d*x?\d+ ?px|\w+ *=.*|)\s*')
 _TRANSLATION = re.compile('[a-z]{2,3}(?:-[a-z]+)*|simple')
@@ -179,27 +201,9 @@ class _Tags:
         if not self.rules.tables: return self.drop('tables', node)
         return f'\n{self.code(node.contents)}\n'
 
-# %% ../../nbs/7A_data.wikipedia.ipynb #plain
-class _Plain(_Links, _Templates, _Tags):
-    "The text of a tree. `taken` counts the bytes that were left out, by kind; `first` has examples"
-    def __init__(self, rules:WikipediaRules, names:Language):
-        self.rules, self.names, self.taken, self.first = rules, names, Counter(), {}
-
-    def code(self, tree)->str: return ''.join([self.node(node) for node in tree.nodes])
-
-    def node(self, node)->str: return getattr(self, type(node).__name__.lower())(node)
-
-    def drop(self, kind:str, node, kept:str='')->str:
-        whole = str(node)
-        self.taken[kind] += n_bytes(whole) - n_bytes(kept)
-        self.first.setdefault(kind, whole[:80])
-        return ''
-
-    def text(self, node)->str: return node.value
-
-    def heading(self, node)->str:
-        if not self.rules.headings: return self.drop('headings', node)
-        return f'{_HEADING}{node.level}{self.code(node.title).strip()}'
+# %% ../../nbs/7A_data.wikipedia.ipynb #joined
+class _Plain(_Links, _Templates, _Tags, _Walk):
+    "The text of a tree"
 
 # %% ../../nbs/7A_data.wikipedia.ipynb #broom
 _TABLE_LINE = re.compile(r'^[ \t:*]*(?:\{\||\|[-+}|]?|!(?=.*(?:!!|\|\||\w=)))[^\n]*', re.M)
@@ -274,14 +278,14 @@ def unmatched_marks(text:str)->int:
         if opens:
             stack.append(kind)
             standing[kind] += 1
-            lost += len(stack) > _MAX_DEPTH
+            lost += len(stack) > _MAX_DEPTH         # and is not counted again
         elif standing[kind]:
             closed = None
             while closed != kind:
                 closed = stack.pop()
                 standing[closed] -= 1
-                lost += closed != kind
-    return lost + len(stack)
+                lost += closed != kind and len(stack) < _MAX_DEPTH
+    return lost + min(len(stack), _MAX_DEPTH)
 
 # %% ../../nbs/7A_data.wikipedia.ipynb #about
 _NAME = re.compile(r'\{\{\s*([^|{}\n]+?)\s*(?=[|}\n])')
