@@ -43,13 +43,13 @@ def _collected(cls, args)->list[str]:
     groups, first = [], {}                                   # each a flag and its words
     for word in args:
         flag, equals, value = word.partition('=')
-        if flag in several:
+        if flag in several:                                  # its words go where it first stood
             if flag not in first: groups.append(first.setdefault(flag, [flag]))
             last = first[flag]
             last += [value] if equals else []
-        elif word.startswith('--') or not groups:
+        elif word.startswith('--') or not groups:            # another flag, or what stands before all flags
             groups.append(last := [word])
-        else:
+        else:                                                # a word of the flag before it
             last.append(word)
     return [word for group in groups for word in group]
 
@@ -66,15 +66,23 @@ def _first_words(box:str)->str:
     text = re.sub(r'(?<=\d,)\n(?=\d{3}\b)', '', '\n'.join(words))     # a long number, wrapped
     return text.replace('\n', ' ') or box.strip()
 
+# %% ../nbs/03_flags.ipynb #explain
 def _explain(cls, problem:str)->str:
-    "A complaint about a number, with its range; our own checks need no preface"
-    about = re.match(r'Error parsing --([\w.-]+): ', problem)
+    "A complaint of tyro's, with the range of a number; of many missing flags their names only"
+    about = re.match(r"(Error parsing |Missing value for argument ')--([\w.-]+)(: |'.*)", problem)
     if about:
-        name = about[1].replace('-', '_')
-        f = all_fields(cls).get(name)
-        if f and f.type in LIMITS:
-            return f'{name} must be {range_words(f.type, limits_of(f))}: {problem[about.end():]}'
-    return re.sub(r'^Error parsing [a-zA-Z]\w*: ', '', problem)
+        name = about[2].replace('-', '_')
+        legal = _legal(all_fields(cls).get(name))
+        if about[1].startswith('Missing'): return f'{name} needs a value{legal and ", " + legal}'
+        if legal: return f'{name} must be {legal}: {problem[about.end():]}'
+    missing = [name for name in all_fields(cls) if f' --{name.replace("_", "-")} ' in problem]
+    if problem.startswith('Missing from') and len(missing) > 3:
+        return f'{problem.partition(":")[0]}: {", ".join(missing)}'
+    return re.sub(r'^Error parsing [a-zA-Z]\w*: ', '', problem)         # our own checks need no preface
+
+def _legal(f)->str: # f: a field or None; empty if it is no number's
+    "The legal numbers in words"
+    return range_words(f.type, limits_of(f)) if f and f.type in LIMITS else ''
 
 # %% ../nbs/03_flags.ipynb #take-flag
 def take_flag(args:list[str],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_GROWTH', 'DECOMPRESSORS', 'Report', 'MAX_LINE', 'MAX_BESIDE', 'MAX_NESTING', 'Document', 'stdlib_documents',
-           'topic_documents', 'python_documents', 'growth_limit', 'extra_module', 'zstd_module', 'open_stream',
+           'topic_documents', 'python_documents', 'extra_module', 'zstd_module', 'growth_limit', 'open_stream',
            'open_raw', 'Decompressed', 'Refused', 'refuse', 'reporting', 'stream_lines', 'row_document', 'is_text',
            'text_id', 'json_lines', 'read_jsonl', 'json_line', 'write_jsonl', 'is_held_out', 'check_fraction',
            'split_documents', 'check_sides']
@@ -68,14 +68,7 @@ def python_documents()->Iterator[Document]:
     yield from stdlib_documents()
     yield from topic_documents()
 
-# %% ../../nbs/11_data.documents.ipynb #open-stream
-MAX_GROWTH = 200            # a file that decompresses to more than this many times its size is no text
-
-def growth_limit(taken:int, # bytes of the compressed file, or of what was read of it
-                )->int:     # bytes
-    "The most that it may decompress to; a small file may hold little"
-    return MAX_GROWTH*max(taken, 2**16)
-
+# %% ../../nbs/11_data.documents.ipynb #extra-module
 def extra_module(name:str, # of a module of an extra
                  needs:str, # who needs it, such as `web archives need`
                  extra:str='data', # of this package
@@ -89,13 +82,21 @@ def extra_module(name:str, # of a module of an extra
 
 def zstd_module(): # a module
     "Python's own `compression.zstd`, which is in 3.14 and later, or its backport. Raises `UserError`"
-    try:
+    try:    # the older `zstandard` will not do: its streams end without a word where a file was cut
         return import_module('compression.zstd' if sys.version_info >= (3, 14) else 'backports.zstd')
     except ImportError:
         raise UserError('files that end in .zst need a package: pip install backports.zstd') from None
 
+# %% ../../nbs/11_data.documents.ipynb #open-stream
+MAX_GROWTH = 200            # a file that decompresses to more than this many times its size is no text
+
+def growth_limit(taken:int, # bytes of the compressed file, or of what was read of it
+                )->int:     # bytes
+    "The most that it may decompress to; a small file may hold little"
+    return MAX_GROWTH*max(taken, 2**16)
+
 DECOMPRESSORS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
-               '.zst': lambda raw: zstd_module().open(raw)}
+                 '.zst': lambda raw: zstd_module().open(raw)}
 
 def open_stream(path # a file, or an address that fsspec knows, such as s3://bucket/name.jsonl.gz
                )->BinaryIO:

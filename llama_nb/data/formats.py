@@ -90,12 +90,18 @@ def check_column(place:str, columns:list[str], text_key:str):
     raise UserError(f'{place} has no column "{text_key}"; name one of its columns with --text-key ({there})')
 
 # %% ../../nbs/14_data.formats.ipynb #parquet
+# what some endings need: module, who needs it, extra of this package
+_NEEDS = {'.html': ('selectolax.lexbor', 'files that end in .html need', 'data'),
+          '.htm': ('selectolax.lexbor', 'files that end in .htm need', 'data'),
+          '.parquet': ('pyarrow.parquet', 'files that end in .parquet need', 'parquet')}
+
 _COLUMNS = 'id', 'source', 'url', 'language', 'licence'
 _ROWS = 64                                                  # that are held at a time
 
+# %% ../../nbs/14_data.formats.ipynb #parquet-damage
 @contextmanager
 def _naming_damage(place:str):
-    "What `pyarrow` says of a damaged file in one line"
+    "What `pyarrow` says of a damaged file, in one line"
     from pyarrow import ArrowException
     try:
         yield
@@ -114,6 +120,7 @@ def _table_sizes(about)->tuple[int, int]: # bytes of the columns, unpacked and p
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     return sum(c.total_uncompressed_size for c in columns), sum(c.total_compressed_size for c in columns)
 
+# %% ../../nbs/14_data.formats.ipynb #parquet-rows
 def _table_rows(table, text_key:str)->Iterator[dict]:
     "One at a time: a text that stands in many rows is held once, and unpacked where it is read"
     plain = [f.name for f in table.schema_arrow if not f.type.num_fields]
@@ -129,6 +136,7 @@ def _short_row(row:dict, place:str, name:str, report:Report, text_key:str)->Docu
             return report(place, f'has a "{key}" longer than {limit:,} characters')
     return row_document(row, place, name, report, text_key)
 
+# %% ../../nbs/14_data.formats.ipynb #read-parquet
 def read_parquet(stream:BinaryIO, place:str, name:str, report:Report,
                  text_key:str='text')->Iterator[Document]:
     "A document per row. Raises `UserError` if the file is damaged, or no column is called `text_key`"
@@ -155,9 +163,6 @@ FORMATS:dict[str, Reader] = {
     **dict.fromkeys([*PROSE, *CODE], read_text), **dict.fromkeys(['.html', '.htm'], read_html),
     '.jsonl': json_lines, '.csv': read_table, '.tsv': partial(read_table, delimiter='\t'),
     '.parquet': read_parquet}
-_NEEDS = {'.html': ('selectolax.lexbor', 'files that end in .html need', 'data'),
-          '.htm': ('selectolax.lexbor', 'files that end in .htm need', 'data'),
-          '.parquet': ('pyarrow.parquet', 'files that end in .parquet need', 'parquet')}
 
 def ending(name:str)->str: # such as `.csv`; `.gz` and the like where they say what the file is
     "The last ending of a name in small letters, without that of a compressor"

@@ -36,7 +36,7 @@ class Reading:
     files:int=0
     documents:int=0
     left_out:Counter=field(default_factory=Counter)  # reason -> how often
-    problems:list=field(default_factory=list)        # the first of them
+    problems:list=field(default_factory=list)        # the first of them, by name
 
     def problem(self, place:str, why:str):
         "Count what could not be read: a `report` for readers. Raises `UserError` if it must not be left out"
@@ -202,9 +202,10 @@ def stdin_kept(files:list[tuple[str, str]], # of `text_files`
 def read_documents(sources,              # one or several, as `text_files` takes them
                    report:Report=refuse,
                    text_key:str='text',  # of JSON objects and tables: what holds the text
+                   left_out:Counter|None=None, # counts what is hidden
                   )->Iterator[Document]:
     "The documents of all sources, file by file. What cannot be read is reported; nothing at all is an error"
-    with stdin_kept(text_files(sources, report)) as files:
+    with stdin_kept(text_files(sources, report, left_out)) as files:
         for name, path in files: yield from read_file(path, name, report, text_key)
 
 # %% ../../nbs/15_data.sources.ipynb #files-under

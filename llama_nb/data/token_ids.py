@@ -7,6 +7,7 @@ __all__ = ['open_ids', 'id_documents', 'Vocabulary', 'vocabulary', 'shard_ids']
 
 # %% ../../nbs/16_data.token_ids.ipynb #imports
 import json, tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,11 +125,15 @@ def shard_ids(paths:Iterable,                # .npy and .bin files
     folders = Path(out)/'train', Path(out)/'held_out'
     for folder in folders:
         if folder.exists(): raise UserError(f'{folder} is there already; remove it or choose another folder')
-    def side(which:bool)->Iterator[tuple[str, np.ndarray]]:
-        found = (doc for ids in arrays.values() for doc in id_documents(ids, separator))
-        return (doc for doc in found if is_held_out(doc[0], held_out) == which)
-    check_sides(*(sum(1 for _ in side(which)) for which in (False, True)), held_out)
-    kind = token_dtype(tokenizer.vocab_size)
-    return {folder.name: write_encoded((Encoded(name, ids.astype(kind), _count_bytes(tokenizer, ids))
-                                        for name, ids in side(which)), tokenizer, folder, tokens_per_shard)
-            for which, folder in enumerate(folders)}
+    def documents()->Iterator[tuple[bool, str, np.ndarray]]: # is it held out, its name, its ids
+        for ids in arrays.values():
+            for name, document in id_documents(ids, separator):
+                yield is_held_out(name, held_out), name, document
+    sides = Counter(which for which, *_ in documents())
+    check_sides(sides[False], sides[True], held_out)
+    kind, made = token_dtype(tokenizer.vocab_size), {}
+    for folder, side in zip(folders, (False, True)):
+        docs = (Encoded(name, ids.astype(kind), _count_bytes(tokenizer, ids))
+                for which, name, ids in documents() if which == side)
+        made[folder.name] = write_encoded(docs, tokenizer, folder, tokens_per_shard)
+    return made

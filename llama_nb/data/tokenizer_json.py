@@ -26,7 +26,7 @@ def _special_ids(specials:dict[str, int], path)->tuple[int, int]: # begin, end
                         f'its special tokens: {found}')
     return next((specials[name] for name in BEGINS if name in specials), ends), ends
 
-# %% ../../nbs/17_data.tokenizer_json.ipynb #class
+# %% ../../nbs/17_data.tokenizer_json.ipynb #saying
 @contextmanager
 def _saying(what:str): # what is wrong with the file, for the message
     "The library's complaint in one line. Where it meets what nobody foresaw, it raises no `Exception`"
@@ -38,9 +38,21 @@ def _saying(what:str): # what is wrong with the file, for the message
         said = ' '.join(str(e).split()).removeprefix('Cannot instantiate Tokenizer from buffer: ')
         raise UserError(f'{what}: {said[:200]}') from None
 
+# %% ../../nbs/17_data.tokenizer_json.ipynb #growth
+MOST_GROWTH = 1000      # characters of one; the Unicode normal form NFKD has 18 at most
+
+def _growth(part)->int: # part: of a tokenizer, or what it says of itself
+    "Of how many characters one may become, where texts are put in the place of others"
+    if part is None: return 1
+    said = part if isinstance(part, dict) else json.loads(part.__getstate__())
+    inner = said.get('normalizers', said.get('decoders', ()))
+    return math.prod(map(_growth, inner))*max(1, len(said.get('content') or said.get('prepend') or ''))
+
+# %% ../../nbs/17_data.tokenizer_json.ipynb #open-json
 def _open_json(library, path, data:bytes): # tokenizers.Tokenizer
     "Raises `UserError` for a file that is none"
-    with _saying(f'{path} is JSON, but no tokenizer.json'): model = library.Tokenizer.from_buffer(data)
+    with _saying(f'{path} begins like JSON, but is no tokenizer.json'):
+        model = library.Tokenizer.from_buffer(data)
     growth = _growth(model.normalizer)*_growth(model.decoder)
     if growth > MOST_GROWTH: raise UserError(f'{path} may make {growth:,} characters of one; at most '
                                              f'{MOST_GROWTH:,} are possible')
@@ -51,15 +63,7 @@ def _open_json(library, path, data:bytes): # tokenizers.Tokenizer
     if getattr(model.model, 'dropout', None): model.model.dropout = None    # a text has one row of ids
     return model
 
-MOST_GROWTH = 1000      # characters of one; the Unicode normal form NFKD has 18 at most
-
-def _growth(part)->int: # part: of a tokenizer, or what it says of itself
-    "Of how many characters one may become, where texts are put in the place of others"
-    if part is None: return 1
-    said = part if isinstance(part, dict) else json.loads(part.__getstate__())
-    inner = said.get('normalizers', said.get('decoders', ()))
-    return math.prod(map(_growth, inner))*max(1, len(said.get('content') or said.get('prepend') or ''))
-
+# %% ../../nbs/17_data.tokenizer_json.ipynb #class
 class JsonModel:
     "A `tokenizer.json` with the methods of a SentencePiece model. Raises `UserError` for one that is none"
     def __init__(self,
