@@ -2,11 +2,11 @@
 
     pip install datatrove orjson spacy 'xxhash<4'       # what datatrove 0.10 wants for these stages
     llama-nb data mini runs/mini
-    python benchmarks/data.py runs/mini
+    python benchmarks/data.py runs/mini [NAME]          # of the table, data if none is given
 
 One process and one thread. Contestants take turns, in an order that changes; medians of their processor time,
 in MB (10^6 bytes of text in UTF-8) a second. Memory: the largest resident set of a process of its own, over
-inputs that grow. The table goes into data.md.
+inputs that grow. The table goes into NAME.md.
 """
 import platform, random, resource, statistics, subprocess, sys, tempfile, time
 from importlib.metadata import version
@@ -124,13 +124,19 @@ def tokenising(docs, corpus):
 
 # --- the loader -----------------------------------------------------------------------------------
 
-def loader(corpus:Path)->float: # million tokens a second
+def loader(docs, corpus:Path, folder:Path)->list[tuple[int, float]]: # files, million tokens a second
+    "The same tokens in one file and in some thousand"
     from llama_nb.data.loader import Loader
-    from llama_nb.data.shards import TokenShards
-    found = Loader(TokenShards(corpus/'tokens'/'wikipedia'/'train'), 2048, 8)
-    def batches():
+    from llama_nb.data.shards import write_shards
+    from llama_nb.data.tokenizer import Tokenizer
+    tokenizer = Tokenizer(corpus/'tokenizer.model')
+    whole = write_shards(docs, tokenizer, folder/'whole', 2**30)
+    cut = write_shards(docs, tokenizer, folder/'cut', whole.n_tokens//1000)
+    loaders = {len(list(shards.folder.glob("*.ds"))): Loader(shards, 2048, 8) for shards in (whole, cut)}
+    def batches(found):
         for i in range(200): found.batch(i)
-    return contest({'': batches}, 200*8*2048/1e6)['']
+    work = {n: lambda found=found: batches(found) for n, found in loaders.items()}
+    return list(contest(work, 200*8*2048/1e6).items())
 
 # --- memory ---------------------------------------------------------------------------------------
 
@@ -195,13 +201,16 @@ def render(about, raw, beside, tokens, memory)->str:
     for name, rates in beside:
         (_, ours), (who, theirs) = rates.items()
         lines.append(f'| {name} | {ours:.1f} | {theirs:.1f} | {who} |')
-    lines.append(f'\nThe loader: {tokens:,.0f} million tokens a second, sequences of 2,048.\n')
+    lines += ['\nThe loader, sequences of 2,048, the same tokens in one file and in many:\n',
+              '| files | million tokens a second |', '|---|---|']
+    lines += [f'| {n:,} | {rate:.1f} |' for n, rate in tokens]
+    lines.append('')
     lines += ['Largest resident set of a process, MB, for so many MB of text:\n',
               '| command | ' + ' | '.join(str(n) for n in memory[0][1]) + ' |', '|---|---|---|---|']
     lines += [f'| {name} | ' + ' | '.join(f'{m:,.0f}' for m in found) + ' |' for name, _, found in memory]
     return '\n'.join(lines) + '\n'
 
-def main(corpus:Path):
+def main(corpus:Path, name:str='data'):
     from train_step import cpu_name
     from llama_nb.data.pipeline import SOURCES
     from llama_nb.data.mini import clean_documents
@@ -209,12 +218,12 @@ def main(corpus:Path):
     print(f'{len(docs)} documents, {size(docs):.1f} MB', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         raw, beside = sources(corpus), stages(docs, corpus, Path(folder))
-        tokens, memory = loader(corpus), memories(docs, corpus, Path(folder))
+        tokens, memory = loader(docs, corpus, Path(folder)), memories(docs, corpus, Path(folder))
     about = (f'Measured {time.strftime("%Y-%m-%d")} on {cpu_name()}, one thread, '
              f'Python {platform.python_version()}, datatrove {version("datatrove")}, '
              f'tokenizers {version("tokenizers")}, by `python benchmarks/data.py` on the corpus of '
              f'`llama-nb data mini`: {len(docs):,} clean documents, {size(docs):.1f} MB. Medians of {TURNS} '
              'turns (sources 3), processor time.')
-    (HERE/'data.md').write_text(render(about, raw, beside, tokens, memory))
+    (HERE/f'{name}.md').write_text(render(about, raw, beside, tokens, memory))
 
-if __name__ == '__main__': main(Path(sys.argv[1]))
+if __name__ == '__main__': main(Path(sys.argv[1]), *sys.argv[2:])

@@ -7,7 +7,7 @@ __all__ = ['Count', 'Sha256', 'PlainName', 'InnerName', 'AnyName', 'open_regular
            'decode_json', 'read_json', 'printable']
 
 # %% ../nbs/97_untrusted.ipynb #imports
-import errno, json, math, os, re, stat
+import contextlib, errno, json, math, os, re, stat
 from pathlib import Path
 from typing import Annotated, BinaryIO
 import msgspec
@@ -26,17 +26,23 @@ def open_regular(path,        # of a file that somebody else may have made
     """Open a file to read. Raises `UserError` unless it is a regular file, and lies in `folder` if one is
     given; `OSError` if it cannot be opened"""
     try:
-        fd = os.open(path, _FLAGS)
+        fd, is_link = _open(path)
     except OSError as e:
         _check_loop(path, e)
         raise
     try:
         _check_regular(path, os.fstat(fd).st_mode)
-        if folder is not None: check_inside(path, folder)
+        in_it = not is_link and os.path.dirname(path) == os.fspath(folder or '')
+        if folder is not None and not in_it: check_inside(path, folder)
     except BaseException:
         os.close(fd)
         raise
     return os.fdopen(fd, 'rb')
+
+def _open(path)->tuple[int, bool]: # file descriptor, and whether `path` may be a link
+    if hasattr(os, 'O_NOFOLLOW'):
+        with contextlib.suppress(OSError): return os.open(path, _FLAGS | os.O_NOFOLLOW), False
+    return os.open(path, _FLAGS), True
 
 def _check_loop(path, error:OSError):
     if error.errno != errno.ELOOP: return
