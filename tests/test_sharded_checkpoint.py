@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from conftest import run_ranks
 import llama_nb.train.sharded as pieces
-from llama_nb.train import stored
+from llama_nb.train import checkpoint, stored
 from llama_nb.config import ModelConfig
 from llama_nb.core import is_temporary
 from llama_nb.model.transformer import LLaMA
@@ -385,6 +385,7 @@ def failures_worker(folder):
         saver.wait()
     saver.save(1, tensors, state)
     saver.wait()
+    def unlike_torch(*args): raise CheckpointError('this torch cuts tensors in another way')
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of a signal, as with a full disk
     for how, save in (('full', lambda: save_checkpoint(folder, 2, tensors, state)),
                       ('full, asynchronously', asynchronously)):
@@ -396,6 +397,10 @@ def failures_worker(folder):
     if rank == 1: stored.save_file = refuse
     failed('read-only', asynchronously)
     stored.save_file = real
+    planned = checkpoint.plan_sharded
+    if rank == 1: checkpoint.plan_sharded = unlike_torch
+    failed('a plan', lambda: saver.save(2, tensors, state))
+    checkpoint.plan_sharded = planned
     failed('a file in the way',
            lambda: save_checkpoint(folder/'step-00000001'/'state.json', 2, tensors, state))
     failed('no JSON', lambda: save_checkpoint(folder, 2, tensors, {'x': (1,)}))
@@ -431,6 +436,7 @@ def test_all_ranks_are_told_what_one_met(tmp_path):
             assert words in first[how]
         assert '\n' not in first[how]
     assert 'rank 1: [Errno 30] Read-only file system' in first['read-only']
+    assert first['a plan'] == 'rank 1: this torch cuts tensors in another way'  # before the thread has begun
     # a file that stands in the way stays there: the batch script must not try again
     assert 'a file in the way' not in first['may pass']
     assert 'could not save in' in first['a file in the way'] and "state['x']" in first['no JSON']

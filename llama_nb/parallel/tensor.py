@@ -121,7 +121,7 @@ def apply_tensor_parallel(model:LLaMA,        # on any device, meta included
     embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
     outside = {'tok_embeddings': embedding, 'norm': _SharedNorm(sequence), 'output': ColwiseParallel()}
     parallelize_module(model, mesh, outside)
-    def arrived(module, tokens, out): return out.clone()    # compiled blocks need one that has come
+    def arrived(module, tokens, out): return out.clone()
     model.tok_embeddings.register_forward_hook(arrived)
     for layer in model.layers: parallelize_module(layer, mesh, _block_plan(stream, sequence))
 

@@ -187,7 +187,7 @@ class Saver:
     def save(self, step:int, tensors:dict[str,dict[str,Tensor]], state:dict):
         "Copy what this rank will write, and return; waits for the save before, and raises its error"
         self.wait()
-        plan = plan_sharded(tensors, self.group)
+        plan = storage_on_all_ranks(lambda: plan_sharded(tensors, self.group), self.group)
         plan = replace(plan, mine=self.host.copy(plan.mine))
         args = step, plan, copy.deepcopy(state)
         self.thread = threading.Thread(target=self._work, args=args, daemon=True)

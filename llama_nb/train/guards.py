@@ -117,7 +117,7 @@ def collective_seconds(hang_minutes:float # of the watchdog; 0 = none
 
 # %% ../../nbs/64_train.guards.ipynb #quiet-gc
 @contextmanager
-def quiet_gc(every:int=50 # steps between two looks at the young objects
+def quiet_gc(every:int=10 # steps between two looks at the young objects
             ):
     """Python's garbage collector does not start by itself. Yields a function that takes the number of a step,
     and collects the young objects where it is a multiple of `every`"""

@@ -239,6 +239,7 @@ class Wandb:
 
     def close(self): self.run.finish()
 
+# %% ../../nbs/65_train.metrics.ipynb #wandb-name
 def _news(row:dict)->dict:
     "The numbers of a row"
     return {key: value for key, value in row.items() if key != 'step' and value is not None}
@@ -250,18 +251,49 @@ def _wandb_name(folder:Path)->dict: # arguments of `wandb.init`
     write_atomic(path, secrets.token_hex(4) + '\n')
     return {'id': path.read_text(encoding='utf-8').strip(), 'name': folder.name}
 
+# %% ../../nbs/65_train.metrics.ipynb #log-file
+class _LogFile:
+    "`metrics.jsonl`. The disk may be full for an hour: that is said once, and the next row is tried again"
+    def __init__(self, stream:TextIO, report:Callable): # `report` takes one line
+        self.stream, self.report = stream, report
+        self.begin, self.failing = 0, False             # where the last row begins; whether it was refused
+
+    def write(self, row:dict, again:bool): # again: in the place of the last row
+        with self._told():
+            if again:
+                self.stream.truncate(self.begin)
+            else:
+                self.begin = self.stream.tell()
+            self.stream.write(_line(row))
+            self.stream.flush()
+
+    def sync(self):
+        with self._told():
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+
+    def close(self):
+        with self._told(): self.stream.close()
+
+    @contextmanager
+    def _told(self):
+        try:
+            yield
+            self.failing = False
+        except OSError as e:
+            if not self.failing:
+                self.report(f'metrics.jsonl cannot be written ({e.strerror}); the run goes on')
+            self.failing = True
+
 # %% ../../nbs/65_train.metrics.ipynb #metrics
 @dataclass
 class Metrics:
     "The log of a run, from `open_metrics`"
-    file:TextIO       # metrics.jsonl
+    file:_LogFile     # metrics.jsonl
     boards:Boards     # TensorBoard, and perhaps Weights & Biases
     curve:LossCurve
     newest:list[dict] # up to 128 rows from before this start, without spikes and skipped steps
-    report:Callable=print # takes one line, about a file that cannot be written
     row:dict=None     # the last that was written
-    begin:int=0       # where it begins in the file
-    failing:bool=False # was that the last that was heard of the file?
 
     def add(self, row:dict):
         "Write one step"
@@ -277,36 +309,17 @@ class Metrics:
 
     def _write(self, news:dict, again:bool=False):
         "The last row into the file, and what is new of it onto the boards"
-        with self._written():
-            if again:
-                self.file.truncate(self.begin)
-            else:
-                self.begin = self.file.tell()
-            self.file.write(_line(self.row))
-            self.file.flush()
+        self.file.write(self.row, again)
         self.boards.each(lambda board: board.add(news['step'], _news(news)))
-
-    @contextmanager
-    def _written(self):
-        "The disk may be full for an hour: that is said once, and the next row is tried again"
-        try:
-            yield
-            self.failing = False
-        except OSError as e:
-            if not self.failing:
-                self.report(f'metrics.jsonl cannot be written ({e.strerror}); the run goes on')
-            self.failing = True
 
     def sync(self):
         "Make what is written durable"
-        with self._written():
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        self.file.sync()
         self.boards.each(lambda board: board.flush())
 
     def close(self):
         self.sync()
-        with self._written(): self.file.close()
+        self.file.close()
         self.boards.each(lambda board: board.close())
 
 # %% ../../nbs/65_train.metrics.ipynb #open-metrics
@@ -325,7 +338,7 @@ def open_metrics(folder,     # of the run
     if config and config.train.wandb:
         boards.add('Weights & Biases', lambda: Wandb(path.parent, config, kept))
     with tolerated(path, report): file = open(path, 'a', encoding='utf-8')
-    return Metrics(file or open(os.devnull, 'a'), boards, curve, usual[-128:], report)
+    return Metrics(_LogFile(file or open(os.devnull, 'a'), report), boards, curve, usual[-128:])
 
 # %% ../../nbs/65_train.metrics.ipynb #host
 class StepInFlight:

@@ -122,7 +122,7 @@ def set_random_state(state:dict):
         random.setstate((version, tuple(words), gauss))
         kind, keys, *rest = state['numpy']
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    except (ValueError, IndexError, RuntimeError) as e:      # of Python, NumPy, torch
+    except (msgspec.ValidationError, ValueError, IndexError, RuntimeError) as e:  # NumPy's, torch's, too
         raise UserError(f'the random state is damaged: {e}') from None
 
 def _like(text:str, now:Tensor)->Tensor: # both (n,) uint8
