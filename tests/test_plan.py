@@ -117,8 +117,8 @@ def test_nothing_fits_on_one_gpu_and_the_answer_is_more_of_them(ask):
     assert ask('--model', '65B', '--gpus', int(words[1])//2)[0] == 1
 
 def test_by_how_much_it_does_not_fit(ask):
-    code, out, _ = ask(ROOT/'configs'/'65B.toml', '--gpu', 'A100-40GB')
-    total = sum(memory_per_rank(load_run(ROOT/'configs'/'65B.toml'), 2048).values())
+    code, out, _ = ask(ROOT/'configs'/'13B.toml', '--gpu', 'A100-40GB')
+    total = sum(memory_per_rank(load_run(ROOT/'configs'/'13B.toml'), 1024).values())
     line = next(line for line in out.splitlines() if 'DOES NOT FIT' in line)
     assert code == 1 and f'{(total - 36e9)/1e9:.2f} GB' in line
     assert 'would fit' in out

@@ -30,7 +30,7 @@ from ..private import COLLECTIVES, OperatorMode
 from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tensors, group_name
 from ..run_file import load_run
 from .layout import USABLE
-from .memory import compiler_saves, memory_per_rank
+from .memory import memory_per_rank
 from ..settings import RunConfig, degrees
 from ..train import trainer
 from ..train.check import ranks_of
@@ -307,11 +307,8 @@ class DryRun:
 
     @property
     def closed_form(self)->dict[str,float]: # part -> bytes; empty for recompute mode budget
-        "What the closed forms say of the fullest moment, less what a compiled block does without"
-        if self.config.train.recompute == 'budget': return {}
-        parts = memory_per_rank(self.config, self.ranks)
-        saved = self.config.model.n_layers*compiler_saves(self.config, self.layout[2])
-        return parts | {'activations': max(0, parts['activations'] - saved)}
+        "What the closed forms say of the fullest moment"
+        return {} if self.config.train.recompute == 'budget' else memory_per_rank(self.config, self.ranks)
 
 # %% ../../nbs/82_scale.dryrun.ipynb #add-up
 def memory_curve(watch:StepWatch)->tuple[np.ndarray, list[str]]: # (events, categories) bytes; phases
@@ -406,12 +403,15 @@ def _collective_lines(run:DryRun, most:int=4)->list[str]:
 
 def _fits_line(run:DryRun, gpu_bytes:float)->str:
     share = run.peak/gpu_bytes
-    verdict = 'fits' if share <= USABLE else 'does not fit'
+    verdict, way = 'fits', ''
+    if share > USABLE:
+        verdict = 'does not fit'
+        way = '; lower train.micro_batch_size, or raise parallel.shard or parallel.tensor'
     used = f'{run.peak/1e9:.1f} of {gpu_bytes/1e9:.0f} GB, {share:.0%}'
-    return f'{verdict:11} {used}; {USABLE:.0%} can be used'
+    return f'{verdict:11} {used}; {USABLE:.0%} can be used{way}'
 
 # %% ../../nbs/82_scale.dryrun.ipynb #command
-def dry_run_command(args:list[str])->int: # exit code
+def dry_run_command(args:list[str])->int: # exit code: 0, or 1 if it does not fit
     "`llama-nb train RUN.toml --dry-run [GPUS] [--gpu-memory GB] [--section.key value ...]`"
     _, gpus, args = take_flag(args, '--dry-run')
     _, memory, args = take_flag(args, '--gpu-memory', float)
@@ -423,10 +423,7 @@ def dry_run_command(args:list[str])->int: # exit code
     print(_data_line(config))
     if not gpus and not config.parallel.shard:
         print(f'GPUs        the run file leaves their number open (parallel.shard 0): done for {run.ranks}')
-    if memory and run.peak > USABLE*1e9*memory:
-        raise UserError(f'{run.peak/1e9:.1f} GB do not fit a GPU of {memory:g} GB; lower '
-                        'train.micro_batch_size, or raise parallel.shard or parallel.tensor')
-    return 0
+    return 1 if memory and run.peak > USABLE*1e9*memory else 0
 
 def _text_facts(path)->tuple|None: # vocabulary, tokens; None for a text that is not here
     return text_facts(path) if Path(path).exists() else None

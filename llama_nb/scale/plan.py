@@ -325,18 +325,28 @@ def _asked_cluster(o, run):
     if not (o.gpus or known): raise UserError('on how many GPUs? Add --gpus 2048, say')
     return Cluster(gpu, o.gpus or known, o.gpus_per_node, o.network*1e9/8, o.stack)
 
-def _asked_layout(o, run, cluster, best):
-    "The layout that was asked for, or the fastest. Raises `UserError` where nothing divides"
-    own = {'replicate': 1, 'shard': 0, 'tensor': 1, 'micro_batch': 1, 'recompute': 'full'}
-    fixed = {name: getattr(o, name) for name in own if getattr(o, name)}
-    if o.run_path: own = {name: getattr(run.parallel, name, None) for name in own}
-    if o.run_path: own |= {'micro_batch': run.train.micro_batch_size, 'recompute': run.train.recompute}
+# %% ../../nbs/85_scale.plan.ipynb #asked-layout
+_LEAST = {'replicate': 1, 'shard': 0, 'tensor': 1, 'micro_batch': 1, 'recompute': 'full'}
+
+def _own_layout(run:RunConfig)->dict: # as of a run file
+    p, t = run.parallel, run.train
+    return {'replicate': p.replicate, 'shard': p.shard, 'tensor': p.tensor,
+            'micro_batch': t.micro_batch_size, 'recompute': t.recompute}
+
+def _found_layout(run:RunConfig, cluster:Cluster, fixed:dict, best:RunConfig|None)->RunConfig:
+    "The fastest that fits, else the leanest, else one that does not divide"
+    found = fastest(run, cluster, **fixed) if fixed else best
+    if found: return found
+    there = layouts(run, cluster.gpus, **fixed)
+    leanest = min(there, key=lambda r: peak_bytes(r, cluster.gpus), default=None)
+    return leanest or laid_out(run, **_LEAST | fixed)
+
+def _asked_layout(o, run:RunConfig, cluster:Cluster, best:RunConfig|None)->RunConfig:
+    "The layout that was asked for. Raises `UserError` where nothing divides"
+    fixed = {name: getattr(o, name) for name in _LEAST if getattr(o, name)}
+    if o.run_path: asked = laid_out(run, **_own_layout(run) | fixed)
     else:
-        found = fastest(run, cluster, **fixed) if fixed else best
-        there = layouts(run, cluster.gpus, **fixed)
-        found = found or min(there, key=lambda r: peak_bytes(r, cluster.gpus), default=None)
-        if found: return found
-    asked = laid_out(run, **own | fixed)
+        asked = _found_layout(run, cluster, fixed, best)
     check_layout(asked, cluster.gpus)
     return asked
 
