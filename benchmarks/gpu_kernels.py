@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_nb.model.chunked_loss import chunked_loss_sum
-from llama_nb.model.kernels import attend
+from llama_nb.model.backends import attend
 from gpu_parts import backends, device, first_line, median_ms
 
 # sequences, tokens, heads and their width: half a micro-batch of 1.3B, and one of 7B

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError, pick_dtype
-from llama_nb.model.kernels import backend_problem, backend_report
+from llama_nb.model.backends import backend_problem, backend_report
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.memory import memory_per_rank
 from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
-from llama_nb.model.kernels import pick_backend
+from llama_nb.model.backends import pick_backend
 from llama_nb.model.transformer import LLaMA
 from llama_nb.scale.flops import device_peak, hfu, linear_shapes, measure_matmul_peak, mfu
 from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig

@@ -89,10 +89,11 @@ def prepare(out,               # the run's folder
     path = out/'tokenizer.model'
     if not path.exists(): train_tokenizer((d.text for d in train[::4]), path, vocab_size)
     tokenizer = Tokenizer(path)
+    shards = {}
     for name, docs in (('train', train), ('held_out', held_out)):
         folder = out/'tokens'/name
-        shards = TokenShards(folder) if folder.exists() else write_shards(docs, tokenizer, folder)
-    per_token = shards.n_bytes/shards.n_tokens
+        shards[name] = TokenShards(folder) if folder.exists() else write_shards(docs, tokenizer, folder)
+    per_token = shards['train'].n_bytes/shards['train'].n_tokens
     report(f'tokenizer  {tokenizer.vocab_size:,} tokens, {per_token:.2f} bytes per token')
     return tokenizer, zlib_bits_per_byte(d.text for d in held_out)
 

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import pytest, torch
 from llama_nb.config import ModelConfig
 from llama_nb.model.chunked_loss import chunked_loss_sum
-from llama_nb.model.kernels import attend, backend_problem
+from llama_nb.model.backends import attend, backend_problem
 from llama_nb.model.transformer import LLaMA
 from llama_nb.settings import OptimConfig
 from llama_nb.train.loss import loss_sum

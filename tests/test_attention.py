@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
 from llama_nb.data.loader import batch_borders
-from llama_nb.model import kernels
-from llama_nb.model.kernels import attend, backend_problem, backend_report, document_numbers, pick_backend
+from llama_nb.model import backends, kernels
+from llama_nb.model.backends import attend, backend_problem, backend_report, pick_backend
+from llama_nb.model.kernels import document_numbers
 from llama_nb.model.transformer import LLaMA, document_positions, init_weights
 from llama_nb.parallel.data import apply_data_parallel, materialize
 from llama_nb.parallel.mesh import data_rank, make_mesh
@@ -259,8 +260,8 @@ def test_a_backend_that_fails_its_trial(on_cpu, monkeypatch, how):
         if how == 'raises': raise RuntimeError('CUDA error: no kernel image is available\nfor execution on the device')
         if borders is not None: borders = torch.cat((borders[:1], borders[2:]))           # the first border is lost
         return right(q, k, v, visible, borders)
-    monkeypatch.setitem(kernels.BACKENDS, 'xformers', broken)
-    monkeypatch.setattr(kernels, 'TRIALS', {})
+    monkeypatch.setitem(backends.BACKENDS, 'xformers', broken)
+    monkeypatch.setattr(backends, 'TRIALS', {})
     cpu = torch.device('cpu')
     assert pick_backend('auto', cpu, BF16, 16, True) == 'sdpa'
     problem = backend_problem('xformers', cpu, BF16, 16, True)
@@ -272,22 +273,22 @@ def test_nobody_sees_the_trial(monkeypatch):
     "Neither modes, nor autocast, nor inference mode, nor the random numbers of the caller"
     from torch._subclasses import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
-    monkeypatch.setattr(kernels, 'TRIALS', {})
+    monkeypatch.setattr(backends, 'TRIALS', {})
     cpu, state = torch.device('cpu'), torch.get_rng_state()
     with FakeTensorMode(), FlopCounterMode(display=False) as count, torch.inference_mode(), torch.autocast('cpu', BF16), torch.device('meta'):
         assert backend_problem('sdpa', cpu, torch.float32, 16, True) == ''
     assert count.get_total_flops() == 0 and torch.equal(state, torch.get_rng_state())
-    assert len(kernels.TRIALS) == 1
+    assert len(backends.TRIALS) == 1
 
 def test_runtime_of_cuda_12(monkeypatch, tmp_path):
     "Beside a torch for CUDA 13 it is loaded if it is installed; beside others it is not looked for"
     from types import SimpleNamespace
     library, loaded = tmp_path/'cuda_runtime/lib/libcudart.so.12', []
     library.parent.mkdir(parents=True); library.touch()
-    monkeypatch.setattr(kernels, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path/'other'), str(tmp_path)]))
-    monkeypatch.setattr(kernels.ctypes, 'CDLL', loaded.append)
+    monkeypatch.setattr(backends, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path/'other'), str(tmp_path)]))
+    monkeypatch.setattr(backends.ctypes, 'CDLL', loaded.append)
     for cuda, wanted in ((None, []), ('12.8', []), ('13.0', [str(library)])):
-        monkeypatch.setattr(torch.version, 'cuda', cuda); kernels.load_cuda_12_runtime()
+        monkeypatch.setattr(torch.version, 'cuda', cuda); backends.load_cuda_12_runtime()
         assert loaded == wanted
 
 def test_xformers_is_a_requirement_on_linux(tmp_path):

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from types import SimpleNamespace
 import torch
-from llama_nb.model import kernels
+from llama_nb.model import backends
 
 CALLS = Counter()
 
@@ -65,7 +65,7 @@ def _lets_cpu_pass(op):
 
 def _import():
     "xformers defines its flash operators only where PyTorch says that it has flash attention"
-    kernels.load_cuda_12_runtime()                          # before xformers looks for it
+    backends.load_cuda_12_runtime()                          # before xformers looks for it
     flash = torch.backends.cuda.is_flash_attention_available
     torch.backends.cuda.is_flash_attention_available = lambda: True
     logging.disable(logging.WARNING)                        # that its extension does not load here
@@ -86,11 +86,11 @@ def install():
         # its list of operators for NVIDIA
         fmha.dispatch.torch = SimpleNamespace(version=SimpleNamespace(cuda='12.8', hip=None),
                                               Tensor=torch.Tensor)
-    kernels.XFORMERS_DEVICES.add('cpu')
-    kernels.TRIALS.clear()
+    backends.XFORMERS_DEVICES.add('cpu')
+    backends.TRIALS.clear()
     return fmha
 
 def remove():
     "The backend 'xformers' cannot run on a CPU any more"
-    kernels.XFORMERS_DEVICES.discard('cpu')
-    kernels.TRIALS.clear()
+    backends.XFORMERS_DEVICES.discard('cpu')
+    backends.TRIALS.clear()

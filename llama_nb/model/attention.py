@@ -8,7 +8,7 @@ __all__ = ['Attention']
 # %% ../../nbs/23_model.attention.ipynb #imports
 from einops import rearrange
 from torch import Tensor, nn
-from .kernels import attend
+from .backends import attend
 from .rope import apply_rotary
 
 # %% ../../nbs/23_model.attention.ipynb #attention

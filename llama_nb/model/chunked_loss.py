@@ -104,7 +104,7 @@ def sum_over_chunks(hidden:Tensor,           # (n, d) the stream of n tokens aft
 # %% ../../nbs/41_model.chunked_loss.ipynb #chunk-tokens
 def chunk_tokens(d:int # width of the stream
                 )->int:
-    "Tokens in a chunk: in float32 their logits take half the memory of the output matrix, or a little more"
+    "Tokens in a chunk: their float32 logits take half the memory of the output matrix; at least 512 tokens"
     return max(512, d//2)
 
 # %% ../../nbs/41_model.chunked_loss.ipynb #chunked-loss-sum

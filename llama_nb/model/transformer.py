@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from ..config import ModelConfig
 from ..core import UserError, choose, to_autocast
 from .attention import Attention
+from .backends import BACKENDS
 from .ffn import FeedForward
-from .kernels import BACKENDS, check_borders, document_numbers
+from .kernels import check_borders, document_numbers
 from .norm import RMSNorm
 from .rope import rotation_table
 
@@ -93,9 +94,11 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens:Tensor, positions:Tensor|None=None, cache:list|None=None,
                visible:Tensor|None=None, borders:Tensor|None=None)->Tensor: # (b, t, d)
-        "Token ids (b, t) -> the normalised stream (b, t, d) after the last layer: all but the output"
+        "All but the output: ids (b, t) -> the normalised stream (b, t, d). Raises `UserError` as `forward`"
         check_tokens(tokens, self.config.vocab_size)
         if positions is None: positions = next_positions(tokens, cache, self.config.max_seq_len)
+        elif borders is not None:
+            raise UserError('give positions or borders, not both: within borders documents count from zero')
         if borders is not None: positions = document_positions(borders, *tokens.shape)
         rotation = self.rotations(tokens.device)[positions]
         x = to_autocast(self.tok_embeddings(tokens))

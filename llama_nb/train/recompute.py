@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from ..core import UserError, choose
+from ..model.backends import attend
 from ..model.ffn import gated_linear, gated_linear_backward
-from ..model.kernels import attend
 from ..model.norm import rmsnorm_backward
 from ..model.rope import apply_rotary
 from ..private import compiler_with_budget
@@ -39,10 +39,10 @@ def _wrap(block:nn.Module, around):
     recompute_none(block)
     plain, block.feed_forward.lean = block.forward, False
     training = around(plain)
-    def forward(x, rotation, cache=None, visible=None, documents=None):
+    def forward(x, rotation, cache=None, visible=None, borders=None): # as `TransformerBlock.forward`
         if cache is not None or visible is not None or not torch.is_grad_enabled():
-            return plain(x, rotation, cache, visible, documents)
-        return training(x, rotation, None, None, documents)
+            return plain(x, rotation, cache, visible, borders)
+        return training(x, rotation, None, None, borders)
     block.forward = forward
 
 def recompute_none(block:nn.Module):
@@ -130,6 +130,19 @@ def _projections_backward(dh, d_heads, x, at, norm):
     dx, dg = rmsnorm_backward(sum(inputs), x, norm.weight, norm.eps)
     return dh + dx, dg, *weights
 
+# %% ../../nbs/42_train.recompute.ipynb #block-backward
+def _block_backward(ctx, dy):
+    "Gradient of x, then of the nine weights, in the order in which `_by_hand` gives them"
+    x, h, a, c, o, *kept = ctx.saved_tensors
+    block, at = ctx.block, ctx.block.attention
+    dh, *d_ffn = _feed_forward_backward(dy, h, a, c, block.feed_forward, block.ffn_norm)
+    do, dwo = linear_backward(dh.to(a.dtype), o.flatten(-2), at.wo)
+    dq, dk, dv = ctx.attend_backward(kept, do.view_as(o))
+    back = ctx.rotation.conj()
+    dq, dk = apply_rotary(dq.contiguous(), back), apply_rotary(dk.contiguous(), back)
+    dx, *d_attention = _projections_backward(dh, (dq, dk, dv), x, at, block.attention_norm)
+    return dx, *d_attention, dwo, *d_ffn
+
 # %% ../../nbs/42_train.recompute.ipynb #block-function
 class _BlockFunction(torch.autograd.Function):
     "A transformer block with a backward pass written by hand"
@@ -150,19 +163,8 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        with torch.autocast(dy.device.type, enabled=False): return _BlockFunction.by_hand(ctx, dy)
-
-    @staticmethod
-    def by_hand(ctx, dy):
-        x, h, a, c, o, *kept = ctx.saved_tensors
-        block, at = ctx.block, ctx.block.attention
-        dh, *d_ffn = _feed_forward_backward(dy, h, a, c, block.feed_forward, block.ffn_norm)
-        do, dwo = linear_backward(dh.to(a.dtype), o.flatten(-2), at.wo)
-        dq, dk, dv = ctx.attend_backward(kept, do.view_as(o))
-        back = ctx.rotation.conj()
-        dq, dk = apply_rotary(dq.contiguous(), back), apply_rotary(dk.contiguous(), back)
-        dx, *d_attention = _projections_backward(dh, (dq, dk, dv), x, at, block.attention_norm)
-        return None, None, None, dx, *d_attention, dwo, *d_ffn
+        with torch.autocast(dy.device.type, enabled=False): gradients = _block_backward(ctx, dy)
+        return None, None, None, *gradients
 
 # %% ../../nbs/42_train.recompute.ipynb #by-hand
 def _written(block):
@@ -172,10 +174,10 @@ def _written(block):
 
 def _by_hand(block):
     at, ff = block.attention, block.feed_forward
-    def training(x, rotation, cache, visible, documents):
+    def training(x, rotation, cache, visible, borders):
         weights = (block.attention_norm.weight, at.wq.weight, at.wk.weight, at.wv.weight, at.wo.weight,
                    block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
-        return _BlockFunction.apply(block, rotation, documents, x, *weights)
+        return _BlockFunction.apply(block, rotation, borders, x, *weights)
     return training
 
 def recompute_by_hand(block:nn.Module):

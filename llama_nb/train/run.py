@@ -22,7 +22,7 @@ from ..data.mixture import make_loader, open_tokens
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer, check_tokenizer
 from ..files import write_atomic
-from ..model.kernels import backend_report, pick_backend
+from ..model.backends import backend_report, pick_backend
 from ..model.transformer import LLaMA, empty_model
 from ..parallel.data import apply_data_parallel, materialize
 from ..parallel.mesh import data_rank, make_mesh, on_all_ranks, on_rank_zero
