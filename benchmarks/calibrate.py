@@ -6,7 +6,8 @@ Least squares of ln(predicted / published), with a loss that grows like |x| abov
 does not bend the rest. Each constant has a prior, which weighs as much as one row: what one would say
 before having seen a row. The paper's own four rows count three times (`weight`). Nothing depends on the
 name of a model or of a source. It begins at the page's constants, and takes half a minute. Leaving a row
-out goes by the slopes of the whole fit; leaving a source out is a fit of its own.
+out goes by the slopes of the whole fit; leaving a source out, with all that its publisher says, is a fit of
+its own.
 """
 import csv, math, sys
 from pathlib import Path
@@ -67,11 +68,13 @@ def without_row(i, z, r, slopes):
         step = step - np.linalg.solve(weighted@slopes, weighted@now)
     return z + step
 
-def without_source(rows, z): # row -> the prediction by constants that have seen nothing of its source
+def publisher(row): return row.source.split()[0].rstrip(',') # of several documents, perhaps
+
+def without_source(rows, z): # row -> the prediction by constants that have seen nothing of its publisher
     found = {}
-    for source in sorted({row.source for row in rows}):
-        k = constants_of(fit([row for row in rows if row.source != source], z))
-        found |= {i: row.predict(k) for i, row in enumerate(rows) if row.source == source}
+    for who in sorted({*map(publisher, rows)}):
+        k = constants_of(fit([row for row in rows if publisher(row) != who], z))
+        found |= {i: row.predict(k) for i, row in enumerate(rows) if publisher(row) == who}
     return found
 
 def main():

@@ -462,12 +462,33 @@ def test_what_does_not_belong_together_is_refused_in_one_line(machines, tokenize
         said = capsys.readouterr().err
         assert words in said and said.count('\n') == 1, said
         assert not (tmp_path/'x').exists()
+    assert main(['data', 'join', str(tmp_path/'ab'), str(a), str(b)]) == 0
+    for folders in ((tmp_path/'ab', b), (b, tmp_path/'ab')): # a joined folder and one of its parts
+        with pytest.raises(UserError, match='both hold .*out-b/train/00000.ds'):
+            join_data(folders, tmp_path/'x')
+        assert not (tmp_path/'x').exists()
     with pytest.raises(UserError, match='nothing to join'): join_shards([], tmp_path/'x')
     (b/'train'/'00000.ds').write_bytes(b'')
     with pytest.raises(UserError, match='00000.ds has 0 bytes'): join_data([a, b], tmp_path/'x')
     assert main(['data', 'join', str(tmp_path/'a'), str(a)]) == 0
     assert main(['data', 'join', str(tmp_path/'a'), str(a)]) == 2
     assert 'is there already' in capsys.readouterr().err
+
+def test_a_joined_folder_notes_the_fraction_that_all_parts_say(machines, tmp_path):
+    (a, b), _ = machines
+    join_data([a, b], tmp_path/'known')
+    assert json.loads((tmp_path/'known'/'joined.json').read_text()) == {'held_out': .05}
+    (b/'job.json').unlink()
+    for i, folders in enumerate(([a, b], [b, a], [b])):
+        join_data(folders, tmp_path/f'{i}')
+        assert not (tmp_path/f'{i}'/'joined.json').exists()
+
+def test_provenance_that_was_never_written_and_that_is_missing(machines, tokens):
+    (a, _), _ = machines
+    shards, without = TokenShards(a/'train'), TokenShards(tokens/'train')
+    with pytest.raises(UserError, match='written without provenance'): provenance(without, 0)
+    (a/'train'/'00000.ds.provenance').unlink()
+    with pytest.raises(UserError, match='ds.provenance is missing; copy it again'): provenance(shards, 0)
 
 # --- read by others ------------------------------------------------------------------------------
 

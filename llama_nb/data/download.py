@@ -110,9 +110,7 @@ def _words(error)->str:
 USER_AGENT = f'llama_nb/{llama_nb.__version__} (+https://github.com/llama-nb/llama_nb)'
 DELAYS = {'export.arxiv.org': 3, 'gutenberg.pglaf.org': 2}  # seconds from request to request
 MAX_REDIRECTS = 10
-_PIECE = 2**16
 _CONNECT, _SILENCE = 20, 60                                 # seconds
-_MINUTE, _SLOWEST = 60, 2**10                               # seconds, bytes per second
 
 class _Requests:
     "Requests over HTTP, one after another"
@@ -149,8 +147,14 @@ class _Requests:
         if proxy not in self.pools: self.pools[proxy] = _manager(proxy)
         return self.pools[proxy]
 
+# %% ../../nbs/7P_data.download.ipynb #pieces
+_PIECE = 2**16
+_MINUTE, _SLOWEST = 60, 2**10                               # seconds, bytes per second
+
+class _Answers(_Requests):
+    "What comes, in pieces"
     def pieces(self, response, address:str)->Iterator[bytes]:
-        "What comes. Raises `_Transient` where it breaks off or comes too slowly"
+        "Raises `_Transient` where it breaks off or comes too slowly"
         began, taken = self.now(), 0
         while piece := self._piece(response, address):
             yield piece
@@ -259,9 +263,9 @@ def _goes_on(headers, part:_Part)->bool:
     return part.size > 0 and same and first == part.size and last == total - 1
 
 # %% ../../nbs/7P_data.download.ipynb #retry
-RETRIES, MAX_WAIT, _PROGRESS = 6, 600, 2**20                # failures in a row, seconds, bytes
+RETRIES, MAX_WAIT, _PROGRESS = 6, 600, 2**20                # after failures in a row; seconds, bytes
 
-class Web(_Requests):
+class Web(_Answers):
     "Downloads that resume, from the original places or a mirror of them"
     def __init__(self, mirror:str='', report:Callable=print, retries:int=RETRIES, **clock):
         super().__init__(**clock)

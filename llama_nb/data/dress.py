@@ -235,7 +235,7 @@ def build_github(folder:Path, size:int)->list[Origin]:
         root = f'{name}-{version}'
         write_tar(folder/f'{root}.tar.gz', {f'{root}/{file}': data for file, data in files.items()})
     return [_origin(f'code of {len(projects)} installed projects, with metadata and licence',
-                    'in one file of twenty, which another project has too', sizes)]
+                    'with copies: one file of twenty was also put into another project', sizes)]
 
 # %% ../../nbs/7S_data.dress.ipynb #encyclopedia
 def _articles(language:str, size:int)->Iterator[Document]:
@@ -483,7 +483,7 @@ _ASKED = ('Can someone explain `{}`? I have read its source.', 'I met `{}` in a 
           'The name `{}` tells me little. What does it do?')
 
 def posts(found:Iterable[Passage])->Iterator[dict]: # attributes of a row
-    "A question for each docstring, and its paragraphs as answers"
+    "A question for each docstring, and its sections as answers"
     number = 0
     parts = ((p.name.rpartition('.')[2], *part) for p in found for part in p.parts)
     for module, name, text in parts:

@@ -271,7 +271,7 @@ class Rates:
     tokenise:float=2.6
 
 # %% ../../nbs/7Q_data.fetch.ipynb #needs
-_TIB = 1.099512                                             # terabytes
+_TIB, _GIB = 1.099512, 1.073742                             # terabytes, gigabytes
 CCNET = 'CCNet, Wenzek et al. (2020)'
 
 @dataclass(frozen=True)
@@ -289,8 +289,8 @@ WHOLE = {
         Figure(5*7620*_TIB, 'published', '7.62 TiB of WET in February 2019, five times'),
         Figure(5*24_000, 'published', f'24 TB of text in February 2019: {CCNET}; five times'), _paper(3300),
         dict(wet_read=1, line_hash=1, line_removal=1, language=.3, perplexity=.14, reference=.08)),
-    'C4': Whole(Figure(305, 'published', 'README of allenai/c4'), _paper(783), _paper(783), {}),
-    'Github': Whole(Figure(3000, 'published', 'BigQuery, "3 TB and more", read there'),
+    'C4': Whole(Figure(305*_GIB, 'published', 'README of allenai/c4, in GiB'), _paper(783), _paper(783), {}),
+    'Github': Whole(Figure(656, 'assumed', 'the text; the 3 TB of its table are read at BigQuery'),
                     Figure(656, 'assumed', 'half of it stays'), _paper(328), {'code_rules': 1}),
     'Wikipedia': Whole(Figure(49.6, 'published', 'dumps of the 20 languages, March 2019'),
                        Figure(83/.478, 'assumed', '47.8 % of the XML stayed in 106 articles'), _paper(83),

@@ -18,6 +18,17 @@ from ..files import publishing, write_atomic
 from ..untrusted import read_json
 
 # %% ../../nbs/7N_data.join.ipynb #check-alike
+def _check_apart(parts:list[TokenShards]):
+    "Raise `UserError` if a shard stands in two of these folders"
+    seen = {}
+    for part in parts:
+        home = part.folder.resolve()
+        for shard in part.manifest['shards']:
+            place = os.path.normpath(home/shard['name'])
+            other = seen.setdefault(place, part.folder)
+            if other is part.folder: continue
+            raise UserError(f'{other} and {part.folder} both hold {place}; name its folder once')
+
 def _check_alike(parts:list[TokenShards]):
     "Raise `UserError` unless these folders can be one"
     seen = {}
@@ -28,6 +39,7 @@ def _check_alike(parts:list[TokenShards]):
         twin = seen.setdefault(part.digest, part.folder)
         if twin is not part.folder:
             raise UserError(f'{twin} and {part.folder} hold the same tokens; name them once')
+    _check_apart(parts)
 
 # %% ../../nbs/7N_data.join.ipynb #join
 def _renamed(part:TokenShards, out:Path, table:dict)->dict:
@@ -58,7 +70,7 @@ def join_shards(folders:list, # of token shards, in the order that the tokens sh
     shards, files, told = _tables(parts, out)
     limit, first = max(part.manifest['tokens_per_shard'] for part in parts), parts[0]
     tokenizer = SimpleNamespace(path=first.tokenizer_path, vocab_size=first.vocab_size,
-                                digest=first.tokenizer_digest)  # it may be a note about one that is not here
+                                digest=first.tokenizer_digest)  # no `Tokenizer`: the file need not load
     with publishing(out) as building:
         shutil.copyfile(tokenizer.path, building/'tokenizer.model')
         write_manifest(building, tokenizer, limit, shards, files, provenance=told)
@@ -68,11 +80,11 @@ def join_shards(folders:list, # of token shards, in the order that the tokens sh
 class _Job(TypedDict):
     held_out:float
 
-def _held_out(folders:list[Path])->float|None: # None if no folder says it
+def _held_out(folders:list[Path])->float|None: # None unless every folder says it
     "The share of the documents that all held out. Raises `UserError` if they differ"
     jobs = [f/name for f in folders for name in ('job.json', 'joined.json')]
     told = [read_json(job, _Job, RECORD_BYTES)['held_out'] for job in jobs if job.exists()]
-    if len({*told}) <= 1: return told[0] if told else None
+    if len({*told}) <= 1: return told[0] if told and len(told) == len(folders) else None
     shares = ', '.join(map(str, told))
     raise UserError(f'these folders hold out different shares of the documents ({shares}); '
                     'what one learns another may hold out: write them with the same one')

@@ -95,8 +95,7 @@ def _row(path:Path, number:int, n_documents:int)->_Row:
         with open_regular(place, place.parent) as f: rows = _block(f, _blocks(f, n_documents), number//BLOCK)
         return decode_json(rows.splitlines()[number % BLOCK], _Row, f'{place}')
     except FileNotFoundError:
-        raise UserError(f'{path} was written without provenance; `llama-nb data` writes it '
-                        'from files of documents') from None
+        raise UserError(f'{place} is missing; copy it again') from None
     except (OSError, ValueError, IndexError, zlib.error):
         raise UserError(f'{place} is damaged; copy it again') from None
 
@@ -108,6 +107,9 @@ def provenance(shards:TokenShards,
     "Where a token comes from. Raises `IndexError` beyond the ends, `UserError` where it was not kept"
     path, number, start, stop = shards.find(offset)
     shard, _ = shards.shard_of(offset)
+    if f'{shard["name"]}.provenance' not in shards.manifest.get('provenance', {}):
+        raise UserError(f'{path} was written without provenance; `llama-nb data` writes it '
+                        'from files of documents')
     return Provenance(shards.document_of(offset), start, stop, *_row(path, number, shard['documents']))
 
 # %% ../../nbs/7M_data.provenance.ipynb #describe-provenance
