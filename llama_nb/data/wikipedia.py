@@ -80,6 +80,8 @@ class WikipediaRules:
     max_work:float = choice(2e7, 'unmatched marks times characters, above which no page is parsed', 'ours')
 
 # %% ../../nbs/7A_data.wikipedia.ipynb #plain
+_ITEM, _HEADING = '\ufdd0', '\ufdd1'                        # marks for later; noncharacters: no text has them
+
 class _Walk:
     "A walk over a tree. `taken` counts the bytes that were left out, by kind; `first` has examples"
     def __init__(self, rules:WikipediaRules, names:Language):
@@ -175,7 +177,6 @@ _OTHER = ('timeline graph mapframe maplink score hiero templatedata categorytree
           'templatestyles indicator includeonly chart rss')
 _HIDDEN |= dict.fromkeys(_OTHER.split(), 'other tags')
 _FORMULAS, _VERBATIM = {'math', 'chem', 'ce'}, {'nowiki', 'pre', 'code', 'tt', 'source', 'syntaxhighlight'}
-_ITEM, _HEADING = '\ufdd0', '\ufdd1'                        # noncharacters: no text has them
 _SAFE = {ord(c): 0xfdd2 + i for i, c in enumerate("[]{}|!'<>_=(:)")}
 _UNSAFE = {safe: c for c, safe in _SAFE.items()}
 
