@@ -37,7 +37,7 @@ def test_a_folder_says_what_lies_in_it(tmp_path, tokens, run_file, llama_nb):
     note = (out/'README.md').read_text()
     there = {p.name for p in out.iterdir() if not p.name.startswith('.')}
     told = {name.rstrip('/') for name in re.findall(r'^\| `([^`]*)`', note, re.M)}
-    assert there - {'README.md', 'host.json'} == told
+    assert there - {'README.md'} == told
     again = re.search(r'llama-nb (train \S+)', note)[1].split()
     assert 'is finished: 3 of 3' in llama_nb(*again)[1]
 

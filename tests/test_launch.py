@@ -148,6 +148,23 @@ def test_a_check_lets_a_run_be_prolonged(run_file, llama_nb, capsys):
     assert cli.main(['train', out, '--check', '--train.steps', '8']) == 0
     assert 'goes on after step 2 of 8' in capsys.readouterr().out
 
+@pytest.mark.parametrize('args, words',
+                         [(('--train.init', 'PARENT', '--model.n_heads', '2'), 'model.n_heads: 4 -> 2'),
+                          (('--train.fork', 'PARENT', '--train.steps', '4'), 'all of its 4 steps'),
+                          (('--train.init', 'PARENT@3'), 'no checkpoint of step 3')])
+def test_a_check_knows_what_a_run_begins_with(args, words, run_file, tmp_path, llama_nb, capsys):
+    "It refuses the parent that the run would refuse, and says of another one what the run would say"
+    parent, path = tmp_path/'parent', run_file(8)
+    assert llama_nb('train', run_file(4, name='parent'))[0] == 0
+    args = [word.replace('PARENT', str(parent)) for word in args]
+    assert cli.main(['train', str(path), '--check', *args]) == 2
+    assert words in capsys.readouterr().err
+    assert cli.main(['train', str(path), '--check', '--train.fork', str(parent)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert not (tmp_path/'run').exists()
+    shown = llama_nb('train', path, '--train.fork', parent)[1]
+    assert last.startswith(f'begins     as {parent}@4; train.steps: 4 -> 8') and last in shown
+
 def test_memory_is_that_of_the_formula(run_file):
     config = load_run(run_file(4))
     for ranks in (1, 2):

@@ -138,6 +138,7 @@ def test_another_tokenizer_is_refused(parent, llama_nb, tmp_path):
     write_shards(docs, train_tokenizer((d.text for d in docs), tmp_path/'other.model', 380), tmp_path/'other')
     text = ('--data.train', tmp_path/'other', '--data.held_out', '', '--out', tmp_path/'new')
     refused(llama_nb('train', parent, *text, '--train.init', parent), 'another tokenizer')
+    refused(llama_nb('train', parent, *text, '--train.init', parent, '--check'), 'another tokenizer')
     assert not (tmp_path/'new').exists()
 
 # --- weights --------------------------------------------------------------------------------------

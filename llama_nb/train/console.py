@@ -96,7 +96,7 @@ def clock(seconds:float)->str: # 3:20, 1:02:03, 20 days 4:00:00
     days, rest = divmod(round(seconds), 86_400)
     text = tqdm.format_interval(rest)                       # 03:20
     if text[0] == '0': text = text[1:]
-    return f'{days} days {text}' if days else text
+    return f'{days} day{"s" if days > 1 else ""} {text}' if days else text
 
 # %% ../../nbs/69_train.console.ipynb #console
 LINE_SECONDS = 30.      # between two lines in a file
@@ -179,6 +179,7 @@ _README = '''# A run of llama_nb
 | `tensorboard/` | the same numbers for `tensorboard --logdir` |
 | `checkpoints/` | the newest ones, each complete and with a manifest of digests |
 | `results.json` | what came out, once all steps are done |
+| `host.json` | on a CPU: how it multiplies float32 matrices |
 
 {begun}From {here}:
 

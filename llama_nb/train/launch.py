@@ -15,7 +15,8 @@ from .guards import STOP_SIGNALS
 def rank_environment(rank:int, n:int, # of so many ranks, all on this machine
                      folder:str       # where they meet
                     )->dict[str,str]:
-    "What a process is told that it is a rank; what is set already stays, but for that"
+    """The environment that makes a process rank `rank` of `n`. Variables that are set already keep their
+    values, except those that name the rank and where the ranks meet"""
     loopback = 'lo' if sys.platform == 'linux' else 'lo0'
     threads = max(1, (os.cpu_count() or 1)//n)
     known = {'OMP_NUM_THREADS': str(threads), 'GLOO_SOCKET_IFNAME': loopback, **os.environ}

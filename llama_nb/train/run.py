@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer', 'attention_model', 'check_settings', 'device_memory', 'machine_memory', 'check_memory', 'open_data',
            'open_folder', 'settle_dtype', 'dtype_line', 'compile_model', 'build_model', 'run_tensors', 'save', 'resume',
-           'begin', 'start_run']
+           'begin', 'start_run', 'open_start']
 
 # %% ../../nbs/67_train.run.ipynb #imports
 import os, socket
@@ -289,13 +289,21 @@ def start_run(config:RunConfig,
     _open_model(run)
     return run
 
+def open_start(config:RunConfig,
+               loader:Loader, # of the training text
+              )->tuple[Start|None, RunConfig]: # None: nothing, or the run has steps of its own
+    """What a run begins with, and `config` with its place in the text: a fork reads on where its parent
+    stopped. Raises `UserError` where parent, network and tokenizer do not fit"""
+    start = check_start(config, loader.shards)
+    if not (start and config.train.fork): return start, config
+    state = run_state(stored.read_state(start.path))
+    shift, _ = shift_after(loader, start.step, state['data'])
+    return start, replace(config, data=replace(config.data, shift=shift))
+
 def _find_start(run:Trainer):
-    "What a run without steps begins with, the same on every rank; a fork reads on where its parent stopped"
-    run.start = on_rank_zero(lambda: check_start(run.config, run.loader.shards))
-    if not (run.start and run.config.train.fork): return
-    state = on_rank_zero(lambda: run_state(stored.read_state(run.start.path)))
-    run.loader.shift, _ = shift_after(run.loader, run.start.step, state['data'])
-    run.config = replace(run.config, data=replace(run.config.data, shift=run.loader.shift))
+    "The same on every rank"
+    run.start, run.config = on_rank_zero(lambda: open_start(run.config, run.loader))
+    run.loader.shift = run.config.data.shift
 
 def _say_how(run:Trainer, asked:RunConfig, layout:tuple[int, int, int]):
     "What the run will do; a line about the type, if there is something to say, and one about attention"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fit', 'is_due', 'save_is_due', 'train_step', 'next_batch', 'accumulate', 'forward_loss', 'evaluate', 'token_row',
-           'validation_loss', 'validate', 'checkpoint', 'RunLog', 'finish_step', 'peak_memory', 'process_bytes',
-           'running']
+           'validation_loss', 'validate', 'checkpoint', 'RunLog', 'publish', 'conclude', 'finish_step', 'peak_memory',
+           'process_bytes', 'running']
 
 # %% ../../nbs/66_train.trainer.ipynb #imports
 import gc, json, math, sys, time
@@ -56,7 +56,7 @@ def fit(run:Trainer,        # from `start_run`
             if save_is_due(run): checkpoint(run, log)
         if not save_is_due(run): checkpoint(run, log)                  # a signal came
         run.saver.wait()
-        if run.step == c.steps: log.conclude()
+        if run.step == c.steps: conclude(log)
     if run.step == c.steps: return 0
     run.report(f'stopped after step {run.step} of {c.steps}, saved; the same command goes on')
     return log.signals[0]
@@ -214,7 +214,7 @@ def checkpoint(run:Trainer, log:'RunLog'):
     "Begin to save the run, with its log up to date"
     with log.paused():
         run.saver.wait()                                     # for the save before
-        on_rank_zero(log.publish)
+        on_rank_zero(lambda: publish(log))
         save(run)
         gc.collect()
 
@@ -273,23 +273,24 @@ class RunLog:
         self.metrics.amend('held_out_loss', loss)
         self.console.validation(self.run.step, loss, per_byte(loss, self.run.held_out))
 
-    def conclude(self):
-        "Rank 0: write and say what a finished run has reached"
-        if not self.metrics: return
-        run, seconds = self.run, time.perf_counter() - self.begun
-        self.console.close()                                # a bar stands above what is said
-        found = results(run.config, run.loader, run.held_out, self.metrics.row) | parent_of(run.out)
-        with tolerated(run.out/'results.json', run.report):
-            write_atomic(run.out/'results.json', json.dumps(found, indent=1) + '\n')
-        for line in end_lines(run.out, found, run.step - self.first, seconds): run.report(line)
+# %% ../../nbs/66_train.trainer.ipynb #publish
+def publish(log:RunLog):
+    "Rank 0: make all rows durable, and draw the curve; at the end of the run in any case"
+    run = log.run
+    log.metrics.sync()
+    at_end = bool(log.signals) or run.step == run.config.train.steps
+    picture = run.out/'loss.png'
+    with tolerated(picture, run.report): log.metrics.curve.draw(picture, at_end)
 
-    def publish(self):
-        "Rank 0: make all rows durable, and draw the curve; at the end of the run in any case"
-        c = self.run.config.train
-        self.metrics.sync()
-        at_end = bool(self.signals) or self.run.step == c.steps
-        picture = self.run.out/'loss.png'
-        with tolerated(picture, self.run.report): self.metrics.curve.draw(picture, at_end)
+def conclude(log:RunLog):
+    "Rank 0: write and say what a finished run has reached"
+    if not log.metrics: return
+    run, seconds = log.run, time.perf_counter() - log.begun
+    log.console.close()                                     # a bar stands above what is said
+    found = results(run.config, run.loader, run.held_out, log.metrics.row) | parent_of(run.out)
+    with tolerated(run.out/'results.json', run.report):
+        write_atomic(run.out/'results.json', json.dumps(found, indent=1) + '\n')
+    for line in end_lines(run.out, found, run.step - log.first, seconds): run.report(line)
 
 # %% ../../nbs/66_train.trainer.ipynb #finish-step
 def finish_step(run:Trainer,
