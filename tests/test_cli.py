@@ -33,7 +33,7 @@ def costly():
 @pytest.mark.parametrize('args', [('--help',), ('data', '--help'), ('train', '--help')])
 def test_a_help_text_loads_neither_pytorch_nor_trainer(args, costly):
     found = loaded(COMMAND, *args)
-    assert {'llama_nb.cli', 'llama_nb.config', 'tyro'} <= found and 'torch' not in found
+    assert {'llama_nb.cli', 'llama_nb.commands.run', 'tyro'} <= found and 'torch' not in found
     assert 'llama_nb.train' in costly and not found & costly
 
 def test_the_package_offers_its_names_without_pytorch():

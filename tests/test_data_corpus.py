@@ -373,7 +373,7 @@ def test_the_command(raw, tmp_path, capsys):
         said = capsys.readouterr().err
         assert words in said and said.count('\n') == 1
     assert not (out/'x').exists()
-    assert main([*args, str(out), '--preset', 'strict', '--redo', 'True']) == 0
+    assert main([*args, str(out), '--preset', 'strict', '--redo']) == 0
 
 def count(folder): return sum(len(files) for _, _, files in os.walk(folder))
 

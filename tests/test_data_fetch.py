@@ -706,7 +706,7 @@ def test_all_seven(quick, world, tmp_path, capsys):
     assert capsys.readouterr().out.count('was there') == 15
 
 def test_listing_asks_nobody_and_makes_nothing(quick, world, tmp_path, capsys):
-    assert quick('all', tmp_path/'o', '--list', 'True') == 0
+    assert quick('all', tmp_path/'o', '--list') == 0
     out = capsys.readouterr().out
     assert all(f'{name}: ' in out for name in fetch.SOURCES)
     assert out.count('licence: ') == 7 and out.count('https://') >= 7

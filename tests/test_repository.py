@@ -83,7 +83,7 @@ BELOW |= {'infer': [*GROUND, 'data', 'model'], 'eval': [*GROUND, 'data', 'model'
           'interop': [*GROUND, 'data', 'model']}
 for page in ('infer.load', 'infer.evaluate'):  # read what a run has written, and measure as it does
     BELOW[page] = [*BELOW['train'], 'train']
-TOP = {'toy', 'cli', '__main__'}
+TOP = {'toy', 'commands', 'cli', '__main__'}
 FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers',
            'pytest', 'nbformat', 'nbclient', 'nbconvert'}
 
