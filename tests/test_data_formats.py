@@ -269,3 +269,19 @@ def test_parquet_that_grows_or_has_a_long_text(tmp_path):
     assert [d.text for d in docs] == ['a llama'] and 'longer than' in told[0][1]
     write_parquet(tmp_path/'lists.parquet', {'text': ['a llama'], 'id': [[1]*1000]})
     assert len([*read_documents(tmp_path/'lists.parquet')][0].id) == 32
+
+def test_parquet_with_bad_text_or_two_columns(tmp_path):
+    "What `pyarrow` raises, which is no error of its own, is a line too; the other rows are read"
+    pa = pytest.importorskip('pyarrow')
+    texts = pa.array([b'\xff\xfe', b'a llama'], pa.binary()).view(pa.string())
+    write_parquet(tmp_path/'bad.parquet', {'text': texts})
+    told = []
+    docs = [*read_file(tmp_path/'bad.parquet', 'bad.parquet', lambda *said: told.append(said))]
+    assert [d.text for d in docs] == ['a llama'] and len(told) == 1 and 'row 1' in told[0][0]
+    pq = pytest.importorskip('pyarrow.parquet')
+    pq.write_table(pa.table([['a'], ['b']], ['text', 'text']), tmp_path/'two.parquet')
+    with pytest.raises(UserError, match='several columns "text"'): [*read_documents(tmp_path/'two.parquet')]
+    pq.write_table(pa.table([['a'], ['b'], ['c']], ['text', 'id', 'id']), tmp_path/'ids.parquet')
+    assert [d.text for d in read_documents(tmp_path/'ids.parquet')] == ['a']
+    pq.write_table(pa.table({'text': pa.nulls(14_000_000, pa.string())}), tmp_path/'nulls.parquet')
+    with pytest.raises(UserError, match='grows more than'): [*read_documents(tmp_path/'nulls.parquet')]

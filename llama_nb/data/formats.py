@@ -85,6 +85,7 @@ def read_table(stream:BinaryIO, place:str, name:str, report:Report, text_key:str
 
 def check_column(place:str, columns:list[str], text_key:str):
     "Raise `UserError` unless a table has a column of this name"
+    if columns.count(text_key) > 1: raise UserError(f'{place} has several columns "{text_key}"; leave one')
     if text_key in columns: return
     there = ', '.join(columns).encode('ascii', 'backslashreplace').decode()
     raise UserError(f'{place} has no column "{text_key}"; name one of its columns with --text-key ({there})')
@@ -125,8 +126,15 @@ def _table_rows(table, text_key:str)->Iterator[dict]:
     "One at a time: a text that stands in many rows is held once, and unpacked where it is read"
     plain = [f.name for f in table.schema_arrow if not f.type.num_fields]
     columns = [name for name in plain if name in (text_key, *_COLUMNS)]
+    columns = [name for name in columns if plain.count(name) == 1]
     for batch in table.iter_batches(_ROWS, columns=columns):
-        for i in range(batch.num_rows): yield {name: batch.column(name)[i].as_py() for name in columns}
+        for i in range(batch.num_rows): yield {name: _value(batch.column(name)[i]) for name in columns}
+
+def _value(cell): # of a column; bytes where a text is no UTF-8
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as e:
+        return e.object
 
 def _short_row(row:dict, place:str, name:str, report:Report, text_key:str)->Document|None:
     "A row as a document, with the limits of JSON lines"
@@ -145,7 +153,7 @@ def read_parquet(stream:BinaryIO, place:str, name:str, report:Report,
         check_column(place, parquet.read_schema(stream).names, text_key)
         table, size = parquet.ParquetFile(stream, read_dictionary=[text_key], buffer_size=2**20), 0
         unpacked, packed = _table_sizes(table.metadata)
-        _check_growth(place, unpacked, growth_limit(packed))
+        _check_growth(place, max(unpacked, table.metadata.num_rows), growth_limit(packed))
         for n, row in enumerate(_table_rows(table, text_key), 1):
             doc = _short_row(row, f'{place}, row {n},', name, report, text_key)
             if doc is None: continue
