@@ -109,7 +109,7 @@ class ModelConfig:
         check_fields(self)
         _check_heads(self.dim, self.n_heads)
         if self.n_params > MOST_PARAMS:
-            raise UserError(f'this is a model of {self.n_params:,} parameters; no machine holds more than '
+            raise UserError(f'this is a model of {self.n_params:,} parameters; the most is '
                             f'{MOST_PARAMS:,}: lower model.dim, model.n_layers or model.vocab_size')
 
     @property

@@ -33,7 +33,8 @@ class C4Rules:
     unit:str = choice('lines', 'what is deduplicated: `lines` in the code, `spans` of three sentences in '
                       'the article', 'c4')
 
-ARTICLE = C4Rules(min_words=3, min_sentences=5, unit='spans', whole_page=True)
+ARTICLE = C4Rules(min_words=3, min_sentences=5, unit='spans', whole_page=True,
+                  word_at_start=True)
 
 # %% ../../nbs/77_data.c4.ipynb #line-rules
 _CITATION = re.compile(r'\[\d*\]|\[edit\]|\[citation needed\]')
