@@ -38,6 +38,12 @@ def refuse_existing(path,    # that a command would write
 
 PYTHON = 'python',  # the sources that stand for text that every Python has
 
+def _swapped(path:Path, last:Path)->bool:
+    "Does text stand in the place of the result, and none in that of the last source?"
+    is_text = path.exists() and path.suffix != '.model' and not (path/'job.json').exists()
+    is_pattern = bool(set(str(last)) & set('*?['))
+    return is_text and (last.suffix == '.model' or not (last.exists() or is_pattern))
+
 def check_sources(command:str,
                   result:str,               # what it writes
                   sources:tuple[str, ...]): # what it reads
@@ -47,10 +53,8 @@ def check_sources(command:str,
                         'patterns, - for standard input, or python for the standard library of your Python')
     if 'python' in sources and sources != PYTHON:
         raise UserError('python, the standard library, is read alone; a folder of this name is ./python')
-    path, last = Path(result), Path(sources[-1])
-    is_result = last.suffix == '.model' or not (last.exists() or set(str(last)) & set('*?['))
-    if path.exists() and path.suffix != '.model' and not (path/'job.json').exists() and is_result:
-        said = ' '.join([command, str(last), result, *sources[:-1]])
+    if _swapped(Path(result), Path(sources[-1])):
+        said = ' '.join([command, sources[-1], result, *sources[:-1]])
         raise UserError(f'what is written comes first, and exists not yet: llama-nb {said}')
 
 # %% ../../nbs/92_commands.data.ipynb #tokenizer-command

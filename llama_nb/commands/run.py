@@ -47,7 +47,8 @@ class Init:
     tokens:TokensName                # OUT of `llama-nb data`, a folder of token shards, or a mixture (TOML)
     run_path:NewFile='run.toml'      # run file to write; must not exist yet
     size:str=''                      # toy, 10M, 25M, 125M, 350M, 1.3B, 7B; chosen if empty
-    minutes:float=setting(0., zero=True, min=.01, max=1e7) # of training; 0: 10 on a CPU, 60 on a GPU
+    # of training; 0: 10 on a CPU, 60 on a GPU, with --size no limit
+    minutes:float=setting(0., zero=True, min=.01, max=1e7)
     device:str='auto'                # auto, cpu, cuda, mps
     out:str=''                       # run folder; if empty, runs/ and the name of the file
 
