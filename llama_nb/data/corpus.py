@@ -21,7 +21,7 @@ from .documents import Document, Report, refuse
 from .engine import (RECORD_BYTES, Job, check_inputs, claim_folder, describe, read_record,
                                   run_job, same_input)
 from .executors import LOCAL, find_executor, spread
-from .pipeline import NAME, Models, OnDemand, Plan, Step, make_plan
+from .pipeline import NAME, Models, OnDemand, CleaningPlan, Step, make_plan
 from .report import write_reports
 from .sources import cleaned_files, read_documents
 from .stage import Decision, Tally
@@ -133,13 +133,13 @@ def _words(i:int, n:int, phase:list, progress:bool)->str:
     if not progress: return ''
     return f'{i + 1}/{n} ' + ', '.join(['read'][i:] + [step.name for step, *_ in phase])
 
-def _phase_job(plan:Plan, i:int, answer:OnDemand|None)->Job:
+def _phase_job(plan:CleaningPlan, i:int, answer:OnDemand|None)->Job:
     "What is done to the files of a phase"
     steps = [(step.name, clean) for step, clean, _ in plan.phases[i]]
     if answer: steps[0] = steps[0][0], partial(across, clean=steps[0][1], answer=answer)
     return Job(read_pass if i else plan.source.read, tuple(steps))
 
-def _run_phases(plan:Plan, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
+def _run_phases(plan:CleaningPlan, inputs:dict, out:Path, workers:int, memory:int, progress:bool, executor
                )->dict[str, Tally]:
     names, total, made, n = sorted(inputs), {}, {}, len(plan.phases)
     files = {f'{i:06}': str(inputs[name]) for i, name in enumerate(names)}
@@ -166,14 +166,14 @@ def _counted(total:dict[str, Tally])->dict[str, Tally]:
     n, size = first.documents, first.bytes_in
     return {**total, 'read': replace(total['read'], documents=n, kept=n, bytes_in=size, bytes_out=size)}
 
-def _finish(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
+def _finish(plan:CleaningPlan, inputs:dict, out:Path, total:dict[str, Tally]):
     "Write the reports, and then that everything is done"
     write_reports(plan, inputs, out, total)
     seen = {name: read_record(path)['input'] for name, path in _records(plan, inputs, out)}
     about = {'inputs': seen, 'tallies': {name: asdict(tally) for name, tally in total.items()}}
     write_atomic(out/'finished.json', json.dumps(about, indent=1) + '\n')
 
-def _records(plan:Plan, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the raw files
+def _records(plan:CleaningPlan, inputs:dict, out:Path)->list[tuple[str, Path]]: # of the raw files
     several, names = len(plan.phases) > 1, sorted(inputs)
     folder = out/'passes'/'0-documents' if several else out
     numbers = [f'{i:06}' if several else name for i, name in enumerate(names)]
@@ -199,7 +199,7 @@ def _finished(inputs:dict, out:Path)->dict[str, Tally]|None:
 _PARTS = ('finished.json', 'manifest.json', 'job.json', 'documents', 'records', 'passes', 'report.md',
           'report.html')
 
-def _about(plan:Plan, name:str, preset:str, inputs:dict)->dict: # JSON
+def _about(plan:CleaningPlan, name:str, preset:str, inputs:dict)->dict: # JSON
     steps = [[step.name, describe(clean), ask and describe(ask)] for step, clean, ask in plan.steps]
     return {'corpus': {'source': name, 'preset': preset}, 'files': sorted(inputs), 'steps': steps,
             'read': describe(plan.source.read), 'version': llama_nb.__version__}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME', 'SOURCES', 'DOCUMENTS', 'text_places', 'clean_equal', 'Step', 'Source', 'Models', 'OnDemand', 'load_tokens',
            'read_pages', 'count_sites', 'keep_site', 'load_sites', 'find_copies', 'load_copies', 'OrderRules',
-           'find_source', 'Plan', 'make_plan', 'find_files']
+           'find_source', 'CleaningPlan', 'make_plan', 'find_files']
 
 # %% ../../nbs/7G_data.pipeline.ipynb #imports
 import glob, os, re
@@ -278,7 +278,7 @@ def find_source(name:str)->Source:
 
 # %% ../../nbs/7G_data.pipeline.ipynb #plan
 @dataclass(frozen=True)
-class Plan:
+class CleaningPlan:
     "The steps of a source for a preset, with settings and models"
     source:Source
     steps:tuple[tuple[Step, Callable, Callable|None], ...]  # cleaner, and what is done across documents
@@ -315,7 +315,7 @@ def _with_settings(step:Step, preset:str, model:str, n_files:int)->tuple[Step, C
 # %% ../../nbs/7G_data.pipeline.ipynb #make-plan
 def make_plan(source:str, preset:str='paper', models:Models=Models(),
               n_files:int=1,        # of the input
-             )->Plan:
+             )->CleaningPlan:
     "What is done to a source. Raises `UserError` for what is unknown or missing"
     found, notes, steps = find_source(source), [], []
     for module in found.needs: extra_module(module, f'{found.title} needs')
@@ -327,7 +327,7 @@ def make_plan(source:str, preset:str='paper', models:Models=Models(),
             continue
         step, clean, across = _with_settings(step, preset, model, n_files)
         if not step.needless(clean.keywords.get('rules'), n_files): steps.append((step, clean, across))
-    return Plan(found, tuple(steps), tuple(notes))
+    return CleaningPlan(found, tuple(steps), tuple(notes))
 
 # %% ../../nbs/7G_data.pipeline.ipynb #find-files
 def _take_out(place:str, why:str):

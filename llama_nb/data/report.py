@@ -10,7 +10,7 @@ import difflib, os
 from itertools import islice
 from pathlib import Path
 from .engine import report_text, summary
-from .pipeline import Plan
+from .pipeline import CleaningPlan
 from .sources import cleaned_files, read_documents
 from .stage import Tally, amount
 from ..files import write_atomic
@@ -30,7 +30,8 @@ def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-', '+' or 
 # %% ../../nbs/7I_data.report.ipynb #before-after
 _SMALL, _LOOK_AT = 2**26, 200       # bytes of a file that must be read as a whole; documents of any
 
-def before_and_after(plan:Plan, inputs:dict, out:Path, n:int=3)->list[tuple[str, list]]: # (id, changes)
+def before_and_after(plan:CleaningPlan, inputs:dict, out:Path, n:int=3
+                    )->list[tuple[str, list]]: # (id, changes)
     "What became of a few documents of the first file of which something is left"
     made, unread = cleaned_files(out), Tally()              # it was reported when the file was cleaned
     for name in sorted(inputs):
@@ -89,7 +90,7 @@ _TEMPLATE = '''<!doctype html>
 '''
 
 # %% ../../nbs/7I_data.report.ipynb #html-report
-def html_report(plan:Plan, total:dict[str, Tally], samples:list)->str: # a page
+def html_report(plan:CleaningPlan, total:dict[str, Tally], samples:list)->str: # a page
     "What was kept and what was removed, for people"
     from jinja2 import Environment                          # torch needs it, so it is there
     size = max(total['read'].bytes_out, 1)
@@ -100,7 +101,7 @@ def html_report(plan:Plan, total:dict[str, Tally], samples:list)->str: # a page
                            looked_at=f'the first {_LOOK_AT} of a file{limit}') + '\n'
 
 # %% ../../nbs/7I_data.report.ipynb #write-reports
-def write_reports(plan:Plan, inputs:dict, out:Path, total:dict[str, Tally]):
+def write_reports(plan:CleaningPlan, inputs:dict, out:Path, total:dict[str, Tally]):
     "What was kept and what was removed: `report.md` and `report.html`. Raises `OSError`"
     text = report_text(total) + ''.join(f'\nLeft out: {note}.\n' for note in plan.notes)
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))
