@@ -132,7 +132,7 @@ def loader(docs, corpus:Path, folder:Path)->list[tuple[int, float]]: # files, mi
     tokenizer = Tokenizer(corpus/'tokenizer.model')
     whole = write_shards(docs, tokenizer, folder/'whole', 2**30)
     cut = write_shards(docs, tokenizer, folder/'cut', whole.n_tokens//1000)
-    loaders = {len(list(shards.folder.glob("*.ds"))): Loader(shards, 2048, 8) for shards in (whole, cut)}
+    loaders = {len(shards.manifest['shards']): Loader(shards, 2048, 8) for shards in (whole, cut)}
     def batches(found):
         for i in range(200): found.batch(i)
     work = {n: lambda found=found: batches(found) for n, found in loaders.items()}

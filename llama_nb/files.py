@@ -9,6 +9,7 @@ __all__ = ['DISK_FULL', 'bytes_digest', 'file_digest', 'fsync_file', 'fsync_fold
 # %% ../nbs/91_files.ipynb #imports
 import errno, hashlib, os, secrets, shutil
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from .untrusted import open_regular
 
@@ -40,7 +41,7 @@ def fsync_folder(path): # a folder
 
 def make_folder(path:Path):
     "Make a folder, and those above it that are missing, to survive a power failure. Raises `OSError`"
-    new = [p for p in (path, *path.parents) if not p.exists()]
+    new = [*takewhile(lambda p: not p.exists(), (path, *path.parents))]
     path.mkdir(parents=True, exist_ok=True)
     for p in new: fsync_folder(p.parent)
 

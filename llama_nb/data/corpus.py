@@ -21,7 +21,7 @@ from .documents import Document, Report, refuse
 from .engine import (RECORD_BYTES, Job, check_inputs, claim_folder, describe, read_record,
                                   run_job, same_input)
 from .executors import LOCAL, find_executor, spread
-from .pipeline import NAME, Models, OnDemand, CleaningPlan, Step, make_plan
+from .pipeline import NAME, CleaningPlan, Models, OnDemand, Step, make_plan
 from .report import write_reports
 from .sources import cleaned_files, read_documents
 from .stage import Decision, Tally

@@ -125,8 +125,7 @@ def _table_sizes(about)->tuple[int, int]: # bytes of the columns, unpacked and p
 def _table_rows(table, text_key:str)->Iterator[dict]:
     "One at a time: a text that stands in many rows is held once, and unpacked where it is read"
     plain = [f.name for f in table.schema_arrow if not f.type.num_fields]
-    columns = [name for name in plain if name in (text_key, *_COLUMNS)]
-    columns = [name for name in columns if plain.count(name) == 1]
+    columns = [name for name in plain if name in (text_key, *_COLUMNS) and plain.count(name) == 1]
     for batch in table.iter_batches(_ROWS, columns=columns):
         for i in range(batch.num_rows): yield {name: _value(batch.column(name)[i]) for name in columns}
 

@@ -60,23 +60,23 @@ def check_text(config:RunConfig)->tuple[str, Loader]: # a line; the loader of th
     if unused: line += f'; {unused:,} of {config.model.vocab_size:,} rows of the embedding are never used'
     return line, loader
 
-def check_folder(config:RunConfig)->str:
+def check_folder(config:RunConfig)->tuple[str, RunConfig]: # a line; with what it begins with settled
     "The run's folder. Raises `UserError` where it belongs to another experiment, or cannot be written"
     out = Path(config.out)
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir(): raise UserError(f'{there} is a file; choose another --out')
     if not os.access(there, os.W_OK): raise UserError(f'{there} cannot be written; choose another --out')
-    settled = settle_start(settle_dtype(config, torch.device('cpu')))      # as the run itself will do
-    if not (out/'config.toml').exists(): return f'{out} is new'
-    _, done = check_begun(settled)
-    return f'{out} goes on after step {done:,} of {config.train.steps:,}'
+    settled = settle_start(config)                                         # as the run itself will do
+    if not (out/'config.toml').exists(): return f'{out} is new', settled
+    _, done = check_begun(settle_dtype(settled, torch.device('cpu')))
+    return f'{out} goes on after step {done:,} of {config.train.steps:,}', settled
 
 # %% ../../nbs/6D_train.check.ipynb #beginning
-def check_beginning(config:RunConfig,
+def check_beginning(config:RunConfig, # from `check_folder`
                     loader:Loader, # from `check_text`
                    )->list[str]:   # a line; none without a parent, or where the run has steps of its own
     "The run or file that a run begins with. Raises `UserError` where network, tokenizer or steps do not fit"
-    start, begun = open_start(settle_start(config), loader)
+    start, begun = open_start(config, loader)
     return [begin_line(begun, start)] if start else []
 
 # %% ../../nbs/6D_train.check.ipynb #check-run
@@ -94,5 +94,6 @@ def check_run(config:RunConfig,
     yield f'memory     {check_step_memory(c, ranks, gpu_bytes)}'
     line, loader = check_text(c)
     yield f'text       {line}'
-    yield f'folder     {check_folder(c)}'
-    yield from check_beginning(c, loader)
+    line, settled = check_folder(c)
+    yield f'folder     {line}'
+    yield from check_beginning(settled, loader)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..core import UserError
-from ..files import file_digest, fsync_folder, publish_folder
+from ..files import file_digest, make_folder, publish_folder
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
 from .sharded import Plan, plan_sharded, read_sharded, write_sharded
@@ -75,9 +75,7 @@ def _as_json(state:dict)->str:
 def _begin(folder:Path, step:int)->Path:
     "A new folder in `folder`, under a name that no reader looks at, after what a crash left is put right"
     with disk(folder):
-        new = [p for p in (folder, *folder.parents) if not p.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for p in new: fsync_folder(p.parent)
+        make_folder(folder)
         for aside in list(folder.glob('.old-step-*')):
             final = folder/aside.name.removeprefix('.old-')
             if not final.exists(): aside.rename(final)
