@@ -142,3 +142,18 @@ def test_a_file_server_that_fails_is_temporary(tmp_path, monkeypatch):
     for opener in openers:
         with pytest.raises(UserError, match='Input/output error') as failed: opener(tmp_path/'nothing')
         assert is_temporary(failed.value), opener
+
+def test_a_file_server_that_fails_while_a_run_reads_is_temporary(tmp_path, tokens, monkeypatch):
+    from llama_nb.core import UserError, is_temporary
+    shards = many_shards(tmp_path, tokens)
+    def fail(*args, **kwargs): raise OSError(5, 'Input/output error')
+    monkeypatch.setattr('llama_nb.data.shards.open_regular', fail)
+    with pytest.raises(UserError, match='00000.ds: Input/output error') as failed: shards.read(0, 10)
+    assert is_temporary(failed.value)
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path, tokens):
+    from llama_nb.core import UserError
+    shards = many_shards(tmp_path, tokens)
+    assert len(shards.read(0, 10)) == 10
+    (shards.folder/shards.manifest['shards'][0]['name']).write_bytes(b'')
+    with pytest.raises(UserError, match='does not hold'): shards.read(0, 10)

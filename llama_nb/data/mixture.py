@@ -144,8 +144,6 @@ def _check_alike(path:Path, sources:list[Source], block:int):
                                             'raise its weight, or set a larger block')
 
 # %% ../../nbs/7F_data.mixture.ipynb #mixture
-_MAPS = 256     # files of a mixture that are held open at a time; a process may have about a thousand
-
 class Mixture:
     """Folders of token shards with weights, from a TOML file; `share` as in `TokenShards`.
 
@@ -157,15 +155,14 @@ class Mixture:
         twice = [name for name in names if names.count(name) > 1]
         if twice: raise UserError(f'{path}: two sources are called {twice[0]!r}; give each a name of its own')
         counts = largest_remainder([row['weight'] for row in rows], self.rules.block)
-        maps = max(1, _MAPS//len(rows))
-        self.sources = [Source(row['name'], self._open(row, share, maps), row['weight'], n)
+        self.sources = [Source(row['name'], self._open(row, share), row['weight'], n)
                         for row, n in zip(rows, counts)]
         _check_alike(path, self.sources, self.rules.block)
         self._describe([s.shards for s in self.sources])
 
-    def _open(self, row:dict, share, maps:int)->TokenShards:
+    def _open(self, row:dict, share)->TokenShards:
         try:
-            return TokenShards(self.folder.parent/row['tokens'], share, maps)
+            return TokenShards(self.folder.parent/row['tokens'], share)
         except UserError as e:
             raise UserError(f'{self.folder}, source {row["name"]!r}: {e}') from e
 

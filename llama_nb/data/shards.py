@@ -8,9 +8,9 @@ __all__ = ['token_dtype', 'document_tokens', 'Encoded', 'encoded', 'shard_metada
            'write_shards', 'write_encoded']
 
 # %% ../../nbs/12_data.shards.ipynb #imports
-import json, shutil
+import json, os, shutil
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, BinaryIO, NamedTuple, NotRequired, TypedDict
 import numpy as np
@@ -210,16 +210,25 @@ def check_joined(folder:Path, made:dict):
         raise UserError(f'{folder}/manifest.json and {home}/manifest.json do not agree on {place.name}; '
                         'join the folders again')
 
-# %% ../../nbs/12_data.shards.ipynb #open-shard
-def _open_shard(path:Path, dtype:np.dtype, n_tokens:int)->np.memmap: # (n_tokens,)
-    "A shard as a memory map. Raises `UserError` if it does not hold `n_tokens` tokens"
-    found = ()
+# %% ../../nbs/12_data.shards.ipynb #read-numbers
+def _read_numbers(path:Path,
+                  dtype:np.dtype,
+                  length:int,          # of the file, in numbers
+                  start:int, stop:int, # of the numbers that are read
+                 )->np.ndarray:        # (stop-start,)
+    "A stretch of a file of numbers. Raises `UserError` if it does not hold `length` of them"
+    size, raw = dtype.itemsize, b''
     try:
-        with open_regular(path, path.parent) as f: found = np.memmap(f, dtype=dtype, mode='r')
-    except (FileNotFoundError, ValueError):
-        pass                                # not there, empty, or cut in the middle of a number
-    if len(found) == n_tokens: return found
-    raise UserError(f'{path} does not hold {n_tokens} tokens; copy or write the shards again')
+        with open_regular(path, path.parent) as f:
+            if os.fstat(f.fileno()).st_size == length*size:
+                f.seek(start*size)
+                raw = f.read((stop - start)*size)
+    except FileNotFoundError:
+        pass
+    except OSError as e: # the cause tells whether the same command may succeed later
+        raise UserError(f'cannot read {path}: {e.strerror}') from e
+    if len(raw) == (stop - start)*size: return np.frombuffer(raw, dtype)
+    raise UserError(f'{path} does not hold {length} numbers of {size} bytes; copy or write the shards again')
 
 def _check_size(path:Path, wanted:int):
     "Raise `UserError` unless it is a file in its folder and has `wanted` bytes"
@@ -227,7 +236,7 @@ def _check_size(path:Path, wanted:int):
     if size == wanted: return
     raise UserError(f'{path} has {size} bytes instead of {wanted}; copy or write the shards again')
 
-# %% ../../nbs/12_data.shards.ipynb #line-of
+# %% ../../nbs/12_data.shards.ipynb #document-at
 _ID_BYTES = 2**23                                           # most of a line that names a document
 
 def _line(f:BinaryIO, number:int)->bytes: # empty if there is none
@@ -242,27 +251,26 @@ def _document_at(path:Path,       # of a shard
                  place:int,       # of a token in it
                 )->tuple[int, int, int]: # number of its document in the shard, its first token, its end
     "Raises `UserError` if the index is damaged"
-    ends = _open_shard(Path(f'{path}.index'), np.dtype('<u8'), shard['documents'])
-    number = int(np.searchsorted(ends, place, side='right'))
-    if number == len(ends) or ends[number] > shard['tokens']:
+    n = shard['documents']
+    def end(i): return int(_read_numbers(Path(f'{path}.index'), np.dtype('<u8'), n, i, i + 1)[0])
+    number = bisect_right(range(n), place, key=end)
+    if number == n or end(number) > shard['tokens']:
         raise UserError(f'{path}.index is damaged; copy or write the shards again')
-    return number, int(ends[number - 1]) if number else 0, int(ends[number])
+    return number, end(number - 1) if number else 0, end(number)
 
 # %% ../../nbs/12_data.shards.ipynb #token-shards
 class TokenShards:
-    """A folder of token shards, memory-mapped; `share=None` checks no file.
+    """A folder of token shards, which stay on the disk; `share=None` checks no file.
 
     Raises `UserError` if it is not one, or not complete"""
     def __init__(self, folder,
                  share:tuple[int,int]|None=(0, 1), # (r, n): check the size of every n-th file, from the r-th
-                 maps:int=64, # files that are held open at a time
                 ):
         self.folder = Path(folder)
         raw, made = read_manifest(self.folder)
         check_manifest(self.folder, made)
         self._take(made)
         self.digest = bytes_digest(raw)
-        self.maps, self._map = maps, lru_cache(maps)(self._open)
         if share is None: return
         check_joined(self.folder, made)
         files = made['files']
@@ -281,18 +289,18 @@ class TokenShards:
 
     def __reduce__(self):
         "Another process opens the folder by itself, and need not check it again"
-        return type(self), (self.folder, None, self.maps)
+        return type(self), (self.folder, None)
 
-    def _open(self, i:int)->np.memmap:
-        "Shard number `i`"
+    def _read_shard(self, i:int, start:int, stop:int)->np.ndarray: # (stop-start,)
+        "Tokens of shard number `i`"
         shard = self.manifest['shards'][i]
-        return _open_shard(self.folder/shard['name'], token_dtype(self.vocab_size), shard['tokens'])
+        dtype = token_dtype(self.vocab_size)
+        return _read_numbers(self.folder/shard['name'], dtype, shard['tokens'], start, stop)
 
     def read(self, start:int, stop:int)->np.ndarray: # (stop-start,) unsigned ids
         """Tokens `start` to `stop` of the stream. Raises `IndexError` beyond its ends, `UserError` for an id
         that the vocabulary does not have"""
-        dtype = token_dtype(self.vocab_size)
-        ids = read_across(self._starts, start, stop, dtype, lambda i, lo, hi: self._map(i)[lo:hi])
+        ids = read_across(self._starts, start, stop, token_dtype(self.vocab_size), self._read_shard)
         if not len(ids) or ids.max() < self.vocab_size: return ids
         raise UserError(f'{self.folder}: token {start + int(ids.argmax())} is {ids.max()}, and the '
                         f'vocabulary has {self.vocab_size}; write the shards again')
