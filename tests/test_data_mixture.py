@@ -28,7 +28,7 @@ class Numbers:
         self.path = folder/'numbers.model'
         self.path.write_bytes(b'numbers')
 
-    def encode(self, text, bos=True, eos=False): return range(*map(int, text.split()))
+    def ids(self, text, bos=True, eos=False): return range(*map(int, text.split()))
 
 def numbered(folder, n, first=0, per_shard=1000):
     "A folder of the `n` tokens from `first` on"

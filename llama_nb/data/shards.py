@@ -30,8 +30,7 @@ def document_tokens(doc,          # a Document
                     tokenizer     # a Tokenizer
                    )->np.ndarray: # (n,) unsigned
     "`<s> text </s>` as ids"
-    ids = tokenizer.encode(doc.text, bos=True, eos=True)
-    return np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
+    return np.fromiter(tokenizer.ids(doc.text, bos=True, eos=True), token_dtype(tokenizer.vocab_size))
 
 class Encoded(NamedTuple):
     "A document as ids"
