@@ -182,3 +182,18 @@ def test_chance_and_templates_of_a_tokenizer_json_count_for_nothing(tmp_path):
     (tmp_path/'b.json').write_text(json.dumps(made))
     a, b = (Tokenizer(tmp_path/name) for name in ('a.json', 'b.json'))
     for text in random_texts(3, 20): assert a.encode(text) == b.encode(text)
+
+def test_a_tokenizer_that_loses_text_is_named(folder, tokens, tmp_path, capsys):
+    dropping = Library(models.BPE({'<s>': 0, '</s>': 1, 'a': 2, 'b': 3, 'ab': 4}, [('a', 'b')]))
+    dropping.add_special_tokens(['<s>', '</s>'])
+    dropping.save(str(tmp_path/'dropping.json'))
+    (tmp_path/'text').mkdir()
+    for i in range(40): (tmp_path/'text'/f'{i}.txt').write_text(f'ab {i} abba')
+    def told(path, name):
+        assert main(['data', str(tmp_path/name), str(tmp_path/'text'), '--tokenizer', str(path)]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if 'hint' in line]
+    lossless = folder/'byte_level.json', tokens/'tokenizer.model'
+    assert [told(path, str(i)) for i, path in enumerate(lossless)] == [[], []]
+    small, none = told(folder/'word_piece.json', 'small'), told(tmp_path/'dropping.json', 'none')
+    assert len(small) == 1 and 'word_piece.json' in small[0] and "makes 'a" in small[0]
+    assert len(none) == 1 and "makes '' of" in none[0]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunName', 'OutName', 'NewFile', 'SourceName', 'TokensName', 'Paths', 'FileName', 'Switch', 'PYTHON',
-           'refuse_existing', 'check_sources', 'TokenizerCommand', 'print_reading', 'Data', 'print_shards', 'Ids',
-           'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini']
+           'refuse_existing', 'check_sources', 'TokenizerCommand', 'print_reading', 'hint_at_losses', 'Data',
+           'print_shards', 'Ids', 'Join', 'Show', 'print_span', 'print_provenance', 'Fetch', 'Clean', 'Mini']
 
 # %% ../../nbs/92_commands.data.ipynb #imports
 import sys
@@ -93,6 +93,14 @@ def print_reading(reading):
     print(reading)
     for problem in reading.problems: print(f'- {problem}', file=sys.stderr)
 
+_PROBE = 'A  Word, é, 日本, 🐑'
+
+def hint_at_losses(tokenizer):
+    "Say on standard error if the tokenizer does not give a text back as it was"
+    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    if back != _PROBE: print(f'llama-nb: hint: {tokenizer.path} makes {back!r} of {_PROBE!r}; '
+                             'a model learns the text as its tokenizer sees it', file=sys.stderr)
+
 # %% ../../nbs/92_commands.data.ipynb #data-command
 @dataclass(frozen=True)
 class Data:
@@ -116,6 +124,7 @@ class Data:
         from llama_nb.data.tokenizer import Tokenizer
         check_sources('data', self.out, self.sources)
         tokenizer, found = Tokenizer(self.tokenizer), Reading(bool(self.skip_bad))
+        hint_at_losses(tokenizer)
         if self.sources == PYTHON: return self.write_python(tokenizer)
         files = text_files(self.sources, found.problem, found.left_out, self.stdin)
         made, reading = tokenise(files, tokenizer, self.out, self.held_out, self.tokens_per_shard,

@@ -7,15 +7,19 @@ __all__ = ['neighbours', 'parts', 'PartEncoder']
 
 # %% ../../nbs/18_data.long_texts.ipynb #imports
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from sentencepiece import SentencePieceProcessor
 from .tokenizer import SHORT
 
 # %% ../../nbs/18_data.long_texts.ipynb #neighbours
+def _as_text(symbol:str)->tuple[str, ...]: # what it may have been before it was encoded
+    return (' ', '▁') if symbol == '▁' else (symbol,)
+
 def neighbours(model:SentencePieceProcessor)->set[str]: # of two characters each
-    "The pairs of characters that stand side by side in a piece of the vocabulary"
+    "The pairs of characters of a text that stand side by side in a piece of the vocabulary"
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size()) if not model.is_byte(i)]
-    return {piece[i:i + 2] for piece in pieces for i in range(len(piece) - 1)}
+    return {first + second for piece in pieces for a, b in pairwise(piece)
+            for first in _as_text(a) for second in _as_text(b)}
 
 # %% ../../nbs/18_data.long_texts.ipynb #merges-locally
 def _merges_locally(model:SentencePieceProcessor)->bool:
@@ -33,14 +37,14 @@ def _known_neighbours(model)->set[str]|None: # None: no text of this model may b
     return None if any('\n' in pair for pair in pairs) else pairs
 
 # %% ../../nbs/18_data.long_texts.ipynb #parts
-_LONGEST = 2**20        # characters of a part in which there is no place to cut
+_LONGEST = 2**18        # characters of a part in which there is no place to cut
 
 def _cut(text:str, start:int, pairs:set[str], length:int)->int:
     "Where the part that begins at `start` ends"
     last = min(start + _LONGEST, len(text))
     if start + length >= last: return last
     places = chain(range(start + length, start, -1), range(start + length + 1, last))
-    return next((i for i in places if text[i - 1:i + 1].replace(' ', '▁') not in pairs), last)
+    return next((i for i in places if text[i - 1:i + 1] not in pairs), last)
 
 def parts(text:str,
           pairs:set[str],    # of `neighbours`
