@@ -267,6 +267,8 @@ def test_parquet_that_grows_or_has_a_long_text(tmp_path):
     told = []
     docs = [*read_file(tmp_path/'long.parquet', 'long.parquet', lambda *said: told.append(said))]
     assert [d.text for d in docs] == ['a llama'] and 'longer than' in told[0][1]
+    write_parquet(tmp_path/'longer.parquet', {'text': ['y'*(2**26 + 2**10)]}, compression='none')
+    with pytest.raises(UserError, match='texts of 67,1'): [*read_documents(tmp_path/'longer.parquet')]
     write_parquet(tmp_path/'lists.parquet', {'text': ['a llama'], 'id': [[1]*1000]})
     assert len([*read_documents(tmp_path/'lists.parquet')][0].id) == 32
 
