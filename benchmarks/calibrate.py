@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from llama_nb.scale.cluster import CONSTANTS, Constants, published_rows
+from llama_nb.scale.cluster import CONSTANTS, Constants
+from llama_nb.scale.published import published_rows
 
 PRIOR = {  # mean, standard deviation
     'ampere': (.85, .1), 'hopper': (.7, .1), 'megatron': (.75, .1), # rates of large matrices alone

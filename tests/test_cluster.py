@@ -9,9 +9,9 @@ from conftest import ask
 from llama_nb.core import UserError
 from llama_nb.run_file import load_run
 from llama_nb.scale.cluster import (CONSTANTS, GPUS, Cluster, Collective, Constants, StepJob, Layout, Shape,
-                                    collectives, job_of, job_time, matmul_seconds, published_rows, step_time,
-                                    tokens_to_hide)
+                                    collectives, job_of, job_time, matmul_seconds, step_time, tokens_to_hide)
 from llama_nb.scale.flops import flops_per_token
+from llama_nb.scale.published import published_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT/'benchmarks'
