@@ -131,7 +131,7 @@ def loader(docs, corpus:Path, folder:Path)->list[tuple[int, float]]: # files, mi
     from llama_nb.data.tokenizer import Tokenizer
     tokenizer = Tokenizer(corpus/'tokenizer.model')
     whole = write_shards(docs, tokenizer, folder/'whole', 2**30)
-    cut = write_shards(docs, tokenizer, folder/'cut', whole.n_tokens//1000)
+    cut = write_shards(docs, tokenizer, folder/'cut', whole.n_tokens//4000)
     loaders = {len(shards.manifest['shards']): Loader(shards, 2048, 8) for shards in (whole, cut)}
     def batches(found):
         for i in range(200): found.batch(i)

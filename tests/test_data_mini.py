@@ -116,6 +116,14 @@ def test_equal_machines_make_equal_files(corpus, source, tmp_path):
     del there['origins.toml']
     assert made == there
 
+def test_no_page_shows_the_environment(monkeypatch):
+    "The manual of `os` prints `os.environ`, where secrets may stand; and each shell would make another text"
+    monkeypatch.setattr(sys, 'stdlib_module_names', frozenset({'os', 'posix', 'csv'}))
+    monkeypatch.setenv('SECRET_OF_THIS_TEST', 'do-not-tell')
+    pages = dress.pydoc_pages(10**6)
+    assert {page.url.rpartition('/')[2] for page in pages} == {'os', 'posix', 'csv'}
+    assert not [page.url for page in pages if 'SECRET' in page.text or 'do-not-tell' in page.text]
+
 def test_a_killed_command_goes_on(corpus, tmp_path):
     "Killed as soon as something of a step is there, and started again; at last as if nothing had happened"
     out = tmp_path/'mini'

@@ -1,6 +1,6 @@
 """Token shards under the limits of a real machine: a full disk, more shards than files may be open, and a
 file system that all ranks ask at once."""
-import json, os, pickle, resource, signal, subprocess, sys
+import json, os, pickle, resource, shutil, signal, subprocess, sys
 from pathlib import Path
 from unittest import mock
 import pytest
@@ -112,7 +112,7 @@ def test_a_shard_of_the_wrong_length_is_not_read(tmp_path, tokens):
         again = pickle.loads(sent)
         with pytest.raises(UserError, match='00031.ds does not hold'): again.read(0, again.n_tokens)
     file.unlink()
-    with pytest.raises(UserError, match='00031.ds does not hold'): pickle.loads(sent).read(0, 900)
+    with pytest.raises(UserError, match='00031.ds is missing'): pickle.loads(sent).read(0, 900)
 
 def test_the_size_of_a_shard_is_a_setting(tmp_path, tokens, llama_nb):
     texts = tmp_path/'texts'
@@ -147,7 +147,7 @@ def test_a_file_server_that_fails_while_a_run_reads_is_temporary(tmp_path, token
     from llama_nb.core import UserError, is_temporary
     shards = many_shards(tmp_path, tokens)
     def fail(*args, **kwargs): raise OSError(5, 'Input/output error')
-    monkeypatch.setattr('llama_nb.data.shards.open_regular', fail)
+    monkeypatch.setattr('llama_nb.data.shards.open_descriptor', fail)
     with pytest.raises(UserError, match='00000.ds: Input/output error') as failed: shards.read(0, 10)
     assert is_temporary(failed.value)
 
@@ -157,3 +157,28 @@ def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path
     assert len(shards.read(0, 10)) == 10
     (shards.folder/shards.manifest['shards'][0]['name']).write_bytes(b'')
     with pytest.raises(UserError, match='does not hold'): shards.read(0, 10)
+
+def test_names_that_lead_out_are_refused_however_a_folder_is_opened(tmp_path, tokens):
+    from llama_nb.core import UserError
+    from llama_nb.data.shards import TokenShards
+    shards = many_shards(tmp_path, tokens)
+    path, first = shards.folder/'manifest.json', shards.manifest['shards'][0]['name']
+    made = json.loads(path.read_text())
+    for entry in made['shards'][:1]: entry['name'] = f'../{first}'
+    for ending in ('', '.index', '.ids', '.metadata'):
+        made['files'][f'../{first}{ending}'] = made['files'].pop(first + ending)
+    path.write_text(json.dumps(made))
+    for share in ((0, 1), (3, 4), None):
+        with pytest.raises(UserError): TokenShards(shards.folder, share)
+
+def test_a_name_that_is_too_long_is_not_taken_for_two(tmp_path, tokens):
+    "A line of `.ids` longer than a name may be, and the names behind it"
+    from llama_nb.core import UserError
+    from llama_nb.data.shards import TokenShards
+    shards = TokenShards(shutil.copytree(tokens/'train', tmp_path/'train'))
+    shard = shards.manifest['shards'][0]
+    names, last = shards.folder/f'{shard["name"]}.ids', shard['tokens'] - 1
+    assert shard['documents'] > 2 and shards.document_of(last)
+    _, *others = names.read_text().splitlines()
+    names.write_text('\n'.join(['"' + 'x'*2**23 + '"', *others]) + '\n')
+    with pytest.raises(UserError, match='damaged'): shards.document_of(last)

@@ -49,6 +49,7 @@ for name in sys.argv[1:]:
     try: print(json.dumps([name, pydoc._url_handler(f'/{name}.html')]), flush=True)
     except BaseException: pass
 '''
+_NEEDED = 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH', 'PYTHONHOME', 'SYSTEMROOT'     # by a Python to start
 _NO_IMPORT = {'antigravity', 'this', 'idlelib', 'turtledemo', 'lib2to3', 'tkinter', 'turtle', 'test'}
 
 class Page(NamedTuple):
@@ -59,8 +60,9 @@ def pydoc_pages(size:int)->list[Page]: # bytes
     "What `pydoc -b` serves for modules of the standard library, in a process of its own"
     names = [n for n in sys.stdlib_module_names if not n.startswith('_') and n not in _NO_IMPORT]
     names = sorted(names, key=lambda name: mixed(name, 'pydoc'))[:max(size//30_000, 3)]
+    bare = {name: os.environ[name] for name in _NEEDED if name in os.environ}   # the page of `os` shows it
     done = subprocess.run([sys.executable, '-c', _SERVE, *names], capture_output=True, timeout=240,
-                          stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONHASHSEED': '0'})
+                          stdin=subprocess.DEVNULL, env={**bare, 'PYTHONHASHSEED': '0'})
     lines = [line for line in done.stdout.split(b'\n') if line.startswith(b'["')]
     found = (Page(f'http://docs.example.org/{name}', page) for name, page in map(json.loads, lines))
     addresses = re.compile(r' at 0x[0-9a-f]+')

@@ -41,7 +41,7 @@ _LONGEST = 2**18        # characters of a part in which there is no place to cut
 
 def _cut(text:str, start:int, pairs:set[str], length:int)->int:
     "Where the part that begins at `start` ends"
-    last = min(start + _LONGEST, len(text))
+    last = min(start + length + _LONGEST, len(text))
     if start + length >= last: return last
     places = chain(range(start + length, start, -1), range(start + length + 1, last))
     return next((i for i in places if text[i - 1:i + 1] not in pairs), last)
@@ -50,7 +50,8 @@ def parts(text:str,
           pairs:set[str],    # of `neighbours`
           length:int=SHORT,  # characters
          )->Iterator[str]:
-    "A text in parts of about `length` characters, cut where no piece of the vocabulary could reach across"
+    """A text in parts of about `length` characters, cut where no piece of the vocabulary could reach across,
+    or behind 262,144 characters that have no such place"""
     start = 0
     while start < len(text):
         stop = _cut(text, start, pairs, length)
@@ -59,8 +60,9 @@ def parts(text:str,
 
 # %% ../../nbs/18_data.long_texts.ipynb #part-encoder
 class PartEncoder:
-    "Encodes texts part by part, to the ids that the model gives for the whole"
-    def __init__(self, model): # a SentencePieceProcessor, or what has its `encode`
+    """Encodes texts part by part, to the ids that the model gives for the whole, where a text has places to
+    be cut (see `parts`)"""
+    def __init__(self, model): # a SentencePieceProcessor without options, or what has its `encode`
         self.model, self.pairs = model, _known_neighbours(model)
         self._dropped = len(model.encode('\n'))         # ids before a part that is not the first
 

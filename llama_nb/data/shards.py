@@ -18,8 +18,8 @@ from msgspec import Meta
 from ..core import TemporaryError, UserError
 from .tokenizer import MOST_TOKENS
 from ..files import DISK_FULL, bytes_digest, file_digest, publishing
-from ..untrusted import (AnyName, Count, Sha256, decode_json, open_regular, read_bounded,
-                                regular_size)
+from ..untrusted import (AnyName, Count, Sha256, decode_json, open_descriptor, open_regular,
+                                read_bounded, regular_size)
 
 # %% ../../nbs/12_data.shards.ipynb #document-tokens
 def token_dtype(vocab_size:int)->np.dtype: # little-endian
@@ -210,20 +210,29 @@ def check_joined(folder:Path, made:dict):
                         'join the folders again')
 
 # %% ../../nbs/12_data.shards.ipynb #read-numbers
-def _read_numbers(path:Path,
+def _read_at(fd:int, start:int, n:int)->bytes: # fewer than `n` at the end of the file
+    "Bytes of an open file; a system reads no more than 2 GB at a time"
+    os.lseek(fd, start, os.SEEK_SET)
+    raw = os.read(fd, n)
+    while len(raw) < n and (more := os.read(fd, n - len(raw))):
+        raw += more
+    return raw
+
+def _read_numbers(path:str,            # a text: joining `Path`s takes longer than reading
                   dtype:np.dtype,
                   length:int,          # of the file, in numbers
                   start:int, stop:int, # of the numbers that are read
                  )->np.ndarray:        # (stop-start,)
-    "A stretch of a file of numbers. Raises `UserError` if it does not hold `length` of them"
+    "A stretch of a file of numbers. Raises `UserError` unless it holds `length` of them"
     size, raw = dtype.itemsize, b''
     try:
-        with open_regular(path, path.parent) as f:
-            if os.fstat(f.fileno()).st_size == length*size:
-                f.seek(start*size)
-                raw = f.read((stop - start)*size)
+        fd = open_descriptor(path, os.path.dirname(path))
+        try:
+            if os.fstat(fd).st_size == length*size: raw = _read_at(fd, start*size, (stop - start)*size)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
-        pass
+        raise UserError(f'{path} is missing; copy or write the shards again') from None
     except OSError as e: # the cause tells whether the same command may succeed later
         raise UserError(f'cannot read {path}: {e.strerror}') from e
     if len(raw) == (stop - start)*size: return np.frombuffer(raw, dtype)
@@ -240,10 +249,9 @@ _ID_BYTES = 2**23                                           # most of a line tha
 
 def _line(f:BinaryIO, number:int)->bytes: # empty if there is none
     "Line `number` from 0; of a longer one no more than its beginning is held"
-    line = b''
-    for _ in range(number + 1):
-        line = f.readline(_ID_BYTES)
-    return line
+    for _ in range(number):
+        if not f.readline(_ID_BYTES).endswith(b'\n'): return b''            # the end, or no name is so long
+    return f.readline(_ID_BYTES)
 
 def _document_at(path:Path,       # of a shard
                  shard:ShardEntry,
@@ -251,7 +259,7 @@ def _document_at(path:Path,       # of a shard
                 )->tuple[int, int, int]: # number of its document in the shard, its first token, its end
     "Raises `UserError` if the index is damaged"
     n = shard['documents']
-    def end(i): return int(_read_numbers(Path(f'{path}.index'), np.dtype('<u8'), n, i, i + 1)[0])
+    def end(i): return int(_read_numbers(f'{path}.index', np.dtype('<u8'), n, i, i + 1)[0])
     number = bisect_right(range(n), place, key=end)
     if number == n or end(number) > shard['tokens']:
         raise UserError(f'{path}.index is damaged; copy or write the shards again')
@@ -259,7 +267,7 @@ def _document_at(path:Path,       # of a shard
 
 # %% ../../nbs/12_data.shards.ipynb #token-shards
 class TokenShards:
-    """A folder of token shards, which stay on the disk; `share=None` checks no file.
+    """A folder of token shards, which stay on the disk; `share=None` looks at no file of tokens.
 
     Raises `UserError` if it is not one, or not complete"""
     def __init__(self, folder,
@@ -270,8 +278,8 @@ class TokenShards:
         check_manifest(self.folder, made)
         self._take(made)
         self.digest = bytes_digest(raw)
-        if share is None: return
         check_joined(self.folder, made)
+        if share is None: return
         files = made['files']
         for name in sorted(files)[share[0]::share[1]]: _check_size(self.folder/name, files[name]['bytes'])
 
@@ -293,8 +301,8 @@ class TokenShards:
     def _read_shard(self, i:int, start:int, stop:int)->np.ndarray: # (stop-start,)
         "Tokens of shard number `i`"
         shard = self.manifest['shards'][i]
-        dtype = token_dtype(self.vocab_size)
-        return _read_numbers(self.folder/shard['name'], dtype, shard['tokens'], start, stop)
+        path = f'{self.folder}/{shard["name"]}'
+        return _read_numbers(path, token_dtype(self.vocab_size), shard['tokens'], start, stop)
 
     def read(self, start:int, stop:int)->np.ndarray: # (stop-start,) unsigned ids
         """Tokens `start` to `stop` of the stream. Raises `IndexError` beyond its ends, `UserError` for an id

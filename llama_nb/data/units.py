@@ -184,6 +184,11 @@ class _Side:
             file.close()
         return self.made
 
+    def drop(self):
+        "Close the files; on a full disk closing fails once more, and that is no news"
+        for file in (self.tokens, self.ends, self.accounts):
+            with suppress(OSError): file.close()
+
 # %% ../../nbs/7K_data.units.ipynb #token-job
 @dataclass(frozen=True)
 class TokenJob:
@@ -226,10 +231,13 @@ def tokenise_unit(job:TokenJob, unit:list[Piece], out:Path, number:int, digest:s
     tokenizer, reading, part = job_tokenizer(job), Reading(job.skip_bad), part_path(out, number)
     with replacing(part) as tmp, open(tmp, 'xb') as f:
         sides = {side: _Side(part.parent) for side in SIDES}
-        for name, doc in read_unit(unit, reading.problem, job.text_key):
-            side = SIDES[is_held_out(doc.id, job.held_out)]
-            sides[side].add(doc, document_tokens(doc, tokenizer), name)
-        made = {name: side.move(f) for name, side in sides.items()}
+        try:
+            for name, doc in read_unit(unit, reading.problem, job.text_key):
+                side = SIDES[is_held_out(doc.id, job.held_out)]
+                sides[side].add(doc, document_tokens(doc, tokenizer), name)
+            made = {name: side.move(f) for name, side in sides.items()}
+        finally:
+            for side in sides.values(): side.drop()
     text = {'job': digest, 'inputs': inputs, 'bytes': part.stat().st_size, 'sides': made,
             'left_out': reading.left_out, 'problems': reading.problems}
     write_atomic(record_path(out, number), json.dumps(text) + '\n')
