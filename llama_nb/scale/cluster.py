@@ -161,7 +161,7 @@ class Constants:
     hopper:float
     megatron:float  # the same, on Hopper under Megatron-Core and Transformer Engine
     power:float     # exponent of the power limit
-    stream:float    # share of the memory's bandwidth in element-wise work
+    stream:float    # share of the memory's bandwidth
     link:float      # share of NVLink's
     network:float   # share of the network adapter's
     latency:float   # seconds of a hop
