@@ -255,6 +255,14 @@ def test_mistakes_are_one_line(texts, tokens, monkeypatch, capsys, args, words):
     assert code == 2 and words in err and err.count('\n') == 1, err
     assert [p.name for p in texts.parent.iterdir()] == ['texts']
 
+def test_behind_a_quotation_mark_that_is_never_closed_nothing_is_taken_for_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr('llama_nb.data.formats.MAX_LINE', 1000)
+    (tmp_path/'open.csv').write_text('text\na llama\n"' + 'and a sheep\n'*500)
+    told = []
+    docs = [*read_file(tmp_path/'open.csv', 'open.csv', lambda *said: told.append(said))]
+    assert [d.text for d in docs] == ['a llama'] and len(told) == 1
+    assert 'line 3,' in told[0][0] and 'never closed' in told[0][1]
+
 def test_parquet_that_grows_or_has_a_long_text(tmp_path):
     "A megabyte that 100,000 rows share would be 100 GB of tokens"
     pa = pytest.importorskip('pyarrow')

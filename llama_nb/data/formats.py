@@ -65,10 +65,15 @@ def _rows(stream:BinaryIO, place:str, report:Report, delimiter:str)->Iterator[tu
         try:
             row = next(rows, None)
         except csv.Error as e:
+            if 'field limit' in str(e): return _never_closed(where, report)
             report(where, f'is no row of a table: {e}')
             continue
         if row is None: return
         if row: yield where, row
+
+def _never_closed(where:str, report:Report): # as rows, what follows would be pieces of a text
+    report(where, f'has a field of more than {MAX_LINE:,} characters, as if a quotation mark were never closed; '
+                  'the rest of the file is not read')
 
 def read_table(stream:BinaryIO, place:str, name:str, report:Report, text_key:str='text',
                delimiter:str=',')->Iterator[Document]:
@@ -87,7 +92,7 @@ def check_column(place:str, columns:list[str], text_key:str):
     "Raise `UserError` unless a table has a column of this name"
     if columns.count(text_key) > 1: raise UserError(f'{place} has several columns "{text_key}"; leave one')
     if text_key in columns: return
-    there = ', '.join(columns).encode('ascii', 'backslashreplace').decode()
+    there = ', '.join(columns)[:1000].encode('ascii', 'backslashreplace').decode()
     raise UserError(f'{place} has no column "{text_key}"; name one of its columns with --text-key ({there})')
 
 # %% ../../nbs/14_data.formats.ipynb #parquet
