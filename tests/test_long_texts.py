@@ -7,7 +7,7 @@ from conftest import ENV
 from llama_nb.data.documents import Document
 from llama_nb.data.long_texts import PartEncoder, parts
 from llama_nb.data.shards import document_tokens
-from llama_nb.data.tokenizer import SHORT, train_tokenizer
+from llama_nb.data.tokenizer import SHORT, Tokenizer, train_tokenizer
 
 LIBRARY = Path(random.__file__).parent
 
@@ -53,6 +53,13 @@ def test_a_text_without_a_place_is_cut_all_the_same(tokenizer):
     assert [len(part) for part in parts(text, pairs)] == [2**18 + SHORT, 2**17 - SHORT]
     encode.pairs = pairs
     assert tokenizer.decode(sum(encode(text), [])) == text
+
+def test_a_model_with_a_piece_that_is_no_text_encodes_as_before(tokenizer, tmp_path):
+    model = tokenizer.path.read_bytes()
+    assert model.count('▁the'.encode()) > 0
+    (tmp_path/'damaged.model').write_bytes(model.replace('▁the'.encode(), b'\xe2\x96\xffthe'))
+    damaged, text = Tokenizer(tmp_path/'damaged.model'), 'other words '*2000
+    assert damaged.encode(text, bos=False) == whole(damaged, text)
 
 def test_parts_are_the_text():
     for text in ('', 'a', 'ab'*50, 'a b\n'*1000):

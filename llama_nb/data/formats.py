@@ -72,8 +72,8 @@ def _rows(stream:BinaryIO, place:str, report:Report, delimiter:str)->Iterator[tu
         if row: yield where, row
 
 def _never_closed(where:str, report:Report): # as rows, what follows would be pieces of a text
-    report(where, f'has a field of more than {MAX_LINE:,} characters, as if a quotation mark were never closed; '
-                  'the rest of the file is not read')
+    report(where, f'is no row of a table: a field is longer than {MAX_LINE:,} characters, as if a quotation '
+                  'mark were never closed; the rest of the file is not read')
 
 def read_table(stream:BinaryIO, place:str, name:str, report:Report, text_key:str='text',
                delimiter:str=',')->Iterator[Document]:

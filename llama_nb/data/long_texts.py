@@ -32,9 +32,12 @@ def _merges_locally(model:SentencePieceProcessor)->bool:
             and not text.remove_extra_whitespaces and text.escape_whitespaces)
 
 def _known_neighbours(model)->set[str]|None: # None: no text of this model may be cut
-    if not isinstance(model, SentencePieceProcessor) or not _merges_locally(model): return None
-    pairs = neighbours(model)
-    return None if any('\n' in pair for pair in pairs) else pairs
+    if not isinstance(model, SentencePieceProcessor): return None
+    try:
+        pairs = neighbours(model)
+    except UnicodeDecodeError:                              # a damaged model; decoding will say so
+        return None
+    return None if any('\n' in pair for pair in pairs) or not _merges_locally(model) else pairs
 
 # %% ../../nbs/18_data.long_texts.ipynb #parts
 _LONGEST = 2**18        # characters of a part in which there is no place to cut
