@@ -197,3 +197,14 @@ def test_a_tokenizer_that_loses_text_is_named(folder, tokens, tmp_path, capsys):
     small, none = told(folder/'word_piece.json', 'small'), told(tmp_path/'dropping.json', 'none')
     assert len(small) == 1 and 'word_piece.json' in small[0] and "makes 'a" in small[0]
     assert len(none) == 1 and "makes '' of" in none[0]
+
+def test_a_tokenizer_that_refuses_other_words_is_no_loss(tmp_path, capsys):
+    "It knows the words of this text; neither the example nor a line break is asked of it"
+    strict = Library(models.WordLevel({'<s>': 0, '</s>': 1, 'ab': 2, 'abba': 3}))
+    strict.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    strict.add_special_tokens(['<s>', '</s>'])
+    strict.save(str(tmp_path/'strict.json'))
+    (tmp_path/'text').mkdir()
+    for i in range(40): (tmp_path/'text'/f'{i}.txt').write_text('ab abba '*(2000 + i))
+    args = 'data', tmp_path/'out', tmp_path/'text', '--tokenizer', tmp_path/'strict.json'
+    assert main([*map(str, args)]) == 0 and 'hint' not in capsys.readouterr().err

@@ -97,7 +97,10 @@ _PROBE = 'A  Word, é, 日本, 🐑'
 
 def hint_at_losses(tokenizer):
     "Say on standard error if the tokenizer does not give a text back as it was"
-    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    try:
+        back = tokenizer.decode(tokenizer.encode(_PROBE))
+    except UserError:                                       # it refuses what it does not know
+        return
     if back != _PROBE: print(f'llama-nb: hint: {tokenizer.path} makes {back!r} of {_PROBE!r}; '
                              'a model learns the text as its tokenizer sees it', file=sys.stderr)
 

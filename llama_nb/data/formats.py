@@ -125,14 +125,12 @@ def _chunks(about)->list: # each column of each row group, as the metadata has i
     groups = [about.row_group(i) for i in range(about.num_row_groups)]
     return [group.column(i) for group in groups for i in range(group.num_columns)]
 
-def _table_sizes(about)->tuple[int, int]: # bytes of the columns, unpacked and packed, says the metadata
-    chunks = _chunks(about)
+def _table_sizes(chunks:list)->tuple[int, int]: # bytes, unpacked and packed, says the metadata
     return sum(c.total_uncompressed_size for c in chunks), sum(c.total_compressed_size for c in chunks)
 
-def _check_lengths(place:str, about, text_key:str):
+def _check_lengths(place:str, chunks:list, text_key:str):
     "Raise `UserError` if the texts of a row group are too long on average; the library holds each whole"
-    sizes = [c.total_uncompressed_size//max(1, c.num_values) for c in _chunks(about)
-             if c.path_in_schema == text_key]
+    sizes = [c.total_uncompressed_size//max(1, c.num_values) for c in chunks if c.path_in_schema == text_key]
     if max(sizes, default=0) <= MAX_LINE: return
     raise UserError(f'{place} has texts of {max(sizes):,} bytes, and {MAX_LINE:,} are possible; '
                     'cut them into documents')
@@ -167,9 +165,10 @@ def read_parquet(stream:BinaryIO, place:str, name:str, report:Report,
     with _naming_damage(place):
         check_column(place, parquet.read_schema(stream).names, text_key)
         table, size = parquet.ParquetFile(stream, read_dictionary=[text_key], buffer_size=2**20), 0
-        unpacked, packed = _table_sizes(table.metadata)
+        chunks = _chunks(table.metadata)
+        unpacked, packed = _table_sizes(chunks)
         _check_growth(place, max(unpacked, table.metadata.num_rows), growth_limit(packed))
-        _check_lengths(place, table.metadata, text_key)
+        _check_lengths(place, chunks, text_key)
         for n, row in enumerate(_table_rows(table, text_key), 1):
             doc = _short_row(row, f'{place}, row {n},', name, report, text_key)
             if doc is None: continue

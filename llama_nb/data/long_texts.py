@@ -67,14 +67,14 @@ class PartEncoder:
     be cut (see `parts`)"""
     def __init__(self, model): # a SentencePieceProcessor without options, or what has its `encode`
         self.model, self.pairs = model, _known_neighbours(model)
-        self._dropped = len(model.encode('\n'))         # ids before a part that is not the first
 
     def __call__(self, text:str, length:int=SHORT)->Iterator[list[int]]:
         "The ids of the parts"
         if self.pairs is None:
             yield self.model.encode(text)
             return
+        n_before = len(self.model.encode('\n'))         # ids before a part that is not the first
         before, dropped = '', 0
         for part in parts(text, self.pairs, length):
             yield self.model.encode(before + part)[dropped:]
-            before, dropped = '\n', self._dropped
+            before, dropped = '\n', n_before

@@ -181,7 +181,6 @@ class _Side:
             self.made['at'].append(f.tell())
             file.seek(0)
             shutil.copyfileobj(file, f, 2**20)
-            file.close()
         return self.made
 
     def drop(self):
