@@ -1,6 +1,6 @@
 """Parts of gpu.py: what runs here, graphs, host synchronisation, parity, memory; by what a user calls: a run
 file, `start_run`, `train_step`."""
-import importlib.metadata, importlib.util, itertools, math, random, statistics, subprocess, sys, time
+import gc, importlib.metadata, importlib.util, itertools, math, random, statistics, subprocess, sys, time
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 from dataclasses import replace
@@ -106,7 +106,6 @@ def first_line(e:BaseException)->str: return f'{type(e).__name__}: {e}'.split('\
 
 def free(desk):
     "Give memory back before the next model"
-    import gc
     gc.collect()
     if desk.gpu: torch.cuda.empty_cache()
 
@@ -374,19 +373,37 @@ def compare(desk, name:str, right:dict, got:dict, dtype:str):
 # --- memory ---------------------------------------------------------------------------------------
 
 @contextmanager
+def collected():
+    "No garbage from before, and none collected within: old memory would lower a count of new"
+    free_cycles = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if free_cycles: gc.enable()
+
+@contextmanager
 def counted_bytes(desk):
     "Yields a list that receives the bytes that stayed allocated and the most at a time, both above the start"
     got = []
-    if desk.gpu:
-        wait(desk)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield got
-        wait(desk)
-        got += [torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before]
-        return
+    with collected(), (counted_on_gpu if desk.gpu else counted_on_cpu)(desk, got): yield got
+
+@contextmanager
+def counted_on_gpu(desk, got:list):
+    "By the counters of PyTorch's allocator"
+    wait(desk)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield
+    wait(desk)
+    got += [torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before]
+
+@contextmanager
+def counted_on_cpu(desk, got:list):
+    "By the profiler's events of memory taken and given back"
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: yield got
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: yield
     now = top = 0
     for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
                     key=lambda e: e.start_ns()):
