@@ -340,17 +340,34 @@ def test_the_table_of_versions_names_what_failed():
 
 # --- links --------------------------------------------------------------------------------------
 
+def prose(path):
+    "The Markdown of a page or of a text"
+    text = path.read_text(encoding='utf-8')
+    if path.suffix != '.ipynb': return text
+    cells = json.loads(text)['cells']
+    return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+
+def places(text):
+    "What the site and GitHub call the headings of a text"
+    titles = re.findall(r'^#+ (.*)$', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S), re.M)
+    return {re.sub(r'[^\w\- ]', '', title.strip().lower()).replace(' ', '-') for title in titles}
+
 def broken_links(root):
-    "Links of the pages and of the texts at the root that lead to no file"
-    texts = {p: p.read_text(encoding='utf-8') for p in sorted(root.glob('*.md'))}
-    for page in sorted((root/'nbs').glob('*.ipynb')):
-        cells = json.loads(page.read_text(encoding='utf-8'))['cells']
-        texts[page] = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    "Links of the pages and of the texts at the root that lead to no file, or to no heading in it"
     found = []
-    for path, text in texts.items():
-        for link in re.findall(r'\]\(([^)\s#]+)(?:#[^)\s]*)?\)', text):
-            if ':' in link or (path.parent/link).exists(): continue
-            found.append(f'{path.name}: {link}')
+    for path in [*sorted(root.glob('*.md')), *sorted((root/'nbs').glob('*.ipynb'))]:
+        for link, place in re.findall(r'\]\(([^)\s#]*)(?:#([^)\s]*))?\)', prose(path)):
+            target = path.parent/link if link else path
+            if ':' in link: continue
+            if not target.exists(): found.append(f'{path.name}: {link}')
+            elif place and place not in places(prose(target)): found.append(f'{path.name}: {link}#{place}')
     return found
 
-def test_every_link_leads_to_a_file(): assert broken_links(ROOT) == []
+def test_every_link_leads_to_a_file_and_a_heading(): assert broken_links(ROOT) == []
+
+def test_links_that_lead_nowhere_are_seen(tmp_path):
+    (tmp_path/'nbs').mkdir()
+    good = '[1](#one-two) [2](b.md) [3](b.md#a-b) [4](https://example.org/c#d)'
+    (tmp_path/'a.md').write_text(f'# One, `two`\n{good} [5](#one,-two) [6](c.md) [7](b.md#c)')
+    (tmp_path/'b.md').write_text('## A b\n```\n# c\n```\n')
+    assert broken_links(tmp_path) == ['a.md: #one,-two', 'a.md: c.md', 'a.md: b.md#c']
