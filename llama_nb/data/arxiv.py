@@ -167,8 +167,8 @@ class ArxivRules:
     otherwise:tuple = choice(('below', 'abstract', 'document', 'file'), 'where the text opens without a '
                              'heading: at a lower one, behind the abstract, at the document, at once',
                              'ours', redpajama=(), strict=('below',))
-    appendix:bool = choice(True, 'an appendix is text', 'paper', redpajama=False)
-    after_bibliography:bool = choice(True, 'what follows the bibliography is text', 'paper', redpajama=False)
+    appendix:bool = choice(True, 'an appendix is text', 'ours', redpajama=False)
+    after_bibliography:bool = choice(True, 'what follows the bibliography is text', 'ours', redpajama=False)
     hidden:bool = choice(True, 'text in `\\iffalse` or in a comment environment is a comment', 'ours')
     max_expansions:int = choice(1000, 'per use of a macro, beside ten per token of its arguments', 'ours')
     max_growth:int = choice(10, 'tokens that macros may read and write, per token of the paper', 'ours')

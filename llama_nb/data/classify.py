@@ -195,7 +195,7 @@ def clean_language(doc:Document, classifier:TextClassifier,
 @dataclass(frozen=True)
 class ReferenceRules:
     "How pages are told from references, and with which examples this is learned"
-    min_score:float = choice(.5, 'probability of being a reference, at least', 'paper',
+    min_score:float = choice(.5, 'probability of being a reference, at least', 'ours',
                              redpajama=.25, strict=.75)
     label:str = choice('wiki', 'label of references in the model', 'redpajama')
     min_chars:int = choice(1000, 'characters of an example', 'redpajama')

@@ -207,7 +207,7 @@ class OrderRules:
     group:int = choice(50, 'files among which lines are compared; at most as many groups as the rules of '
                        'lines say', 'ccnet')
     references:bool = choice(True, 'pages stay if Wikipedia would cite them', 'paper', ccnet=False)
-    equal_pages:bool = choice(False, 'of equal pages one stays', 'paper', redpajama=True)
+    equal_pages:bool = choice(False, 'of equal pages one stays', 'ours', redpajama=True)
 
 def _scopes(rules:CCNetRules, model:str, n_files:int, preset:str)->CCNetRules:
     group = stages.preset(OrderRules, preset).group

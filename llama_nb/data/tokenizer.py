@@ -145,7 +145,7 @@ def train_tokenizer(texts:Iterable[str],
                     path,                # where the model file goes
                     vocab_size:int=32000,
                    )->Tokenizer:
-    """Learn a tokenizer with LLaMA's settings (section 2.1).
+    """Learn a tokenizer with the settings of LLaMA's released one (section 2.1).
 
     Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text"""
     model = io.BytesIO()

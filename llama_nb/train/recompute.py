@@ -190,7 +190,7 @@ def recompute_by_hand(block:nn.Module):
 
 # %% ../../nbs/42_train.recompute.ipynb #linear
 def recompute_linear(block:nn.Module):
-    """Keep the outputs of linear layers and of attention (section 2.4): by hand, or by selective
+    """Keep the outputs of linear layers (section 2.4) and of attention: by hand, or by selective
     checkpointing where the block is compiled or ranks share its matrix multiplications"""
     if not _written(block): return recompute_selective(block)
     def around(plain):
