@@ -62,7 +62,8 @@ def test_the_loss_without_logits():
 @pytest.mark.parametrize('compiler', [None, 'inductor'])
 def test_the_loss_in_bfloat16(compiler):
     """Against float32 of the same rounded numbers: the sum is float32, the error of each logit is rounded
-    once (2^-9), and the matrix's gradient grows in float32 within the multiplication"""
+    once (2^-9), and the matrix's gradient grows in float32 within the multiplication: .6e-3. With each
+    chunk's product rounded to bfloat16 it would be 1.8e-3 (both computed on a CPU)"""
     hidden = torch.randn(2, 1000, 256, device=CUDA).bfloat16()
     weight = torch.randn(4096, 256, device=CUDA).mul_(.1).bfloat16().float()
     targets = torch.randint(4096, (2, 1000), device=CUDA)
@@ -75,7 +76,7 @@ def test_the_loss_in_bfloat16(compiler):
     right, got = results
     close(got[0], right[0], 1e-3)
     close(got[1], right[1], 6e-3)
-    close(got[2], right[2], 3e-3)
+    close(got[2], right[2], 1.2e-3)
 
 def test_adamw_that_is_told_to_do_nothing():
     "`found_inf` on the device: weights, both moments and the count of steps stay; and nobody waits"

@@ -34,6 +34,7 @@ def goodbye(*args):
     print('GOODBYE', flush=True)
     time.sleep(600)                          # NCCL waits here for the other rank, which waits for this one
 dist.destroy_process_group = goodbye
+if how == 'bug': trainer.Console.close = goodbye    # the first words come before anything is cleaned up
 step = trainer.train_step
 def failing(run):
     if run.step == 3 and how == 'shared': raise UserError('a mistake of all')
@@ -215,6 +216,19 @@ def test_a_single_process_takes_the_gpu_it_is_told(monkeypatch):
     assert start_ranks('cuda:1') == torch.device('cuda:1') and taken == [torch.device('cuda:1')]
     assert start_ranks('cuda') == torch.device('cuda') and len(taken) == 1          # the current one stays
     with pytest.raises(UserError, match='GPU 2 is not here, this machine shows 2'): start_ranks('cuda:2')
+
+def test_no_metrics_are_read_for_a_picture(monkeypatch, tmp_path):
+    "A run of months would read its whole log at every save"
+    metrics = log.open_metrics(tmp_path)
+    for i in range(1, 4): metrics.add({'step': i, 'tokens': 100*i, 'loss': 1/i})
+    stub = SimpleNamespace(out=tmp_path, step=3, config=SimpleNamespace(train=SimpleNamespace(steps=3)),
+                           report=lambda line: None)
+    def refuse(path): raise AssertionError(path)
+    monkeypatch.setattr(log, '_read_rows', refuse)
+    monkeypatch.setattr(log, 'open_regular', refuse)
+    trainer.publish(SimpleNamespace(run=stub, metrics=metrics, signals=[]))
+    assert (tmp_path/'loss.png').stat().st_size > 1000
+    metrics.close()
 
 def test_a_mark_stands_in_the_queue_of_its_own_gpu(monkeypatch):
     asked, device = [], torch.device('cuda:1')

@@ -210,5 +210,8 @@ def backend_report(name:str,
     if problem: return f'attention: {picked} ({library} cannot run here: {problem})'
     dtype = str(model[0]).removeprefix('torch.')
     why = f'a trial on {device} in {dtype} agreed with the reference'
-    if picked == 'xformers': why = f'{library}; {why}'
+    if picked == 'xformers':
+        why = f'{library}; {why}'
+    elif name == 'auto':
+        why = f'faster than {library} for whole sequences from compute capability 9 on; {why}'
     return f'attention: {picked} ({why})'

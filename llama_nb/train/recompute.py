@@ -56,12 +56,10 @@ _KEPT = {'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm',
          'llama_nb::attend_documents', 'llama_nb::attend_xformers', 'torch_attn::_varlen_attn',
          'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_flash_attention',
          'aten::_scaled_dot_product_efficient_attention', 'aten::_scaled_dot_product_cudnn_attention',
-         'aten::_flash_attention_forward', 'aten::_efficient_attention_forward',
          '_c10d_functional::reduce_scatter_tensor', '_c10d_functional::all_reduce'}
 
 def _policy(context, operator, *args, **kwargs)->CheckpointPolicy:
-    kept = operator.name() in _KEPT or operator.namespace.startswith('xformers')
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 def _selectively(plain):
     contexts = partial(create_selective_checkpoint_contexts, _policy)
