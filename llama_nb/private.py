@@ -70,7 +70,7 @@ def send_while_multiplying(group:'torch.distributed.ProcessGroup', # ranks that 
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
     enable_symm_mem_for_group(group.group_name)
     config._micro_pipeline_tp = True
-    config.post_grad_custom_post_pass = note
+    config.post_grad_custom_post_pass = note    # without a uuid: a graph from a cache would not be noted
 
 # %% ../nbs/97_private.ipynb #distributed
 def set_group_timeout(group:'torch.distributed.ProcessGroup', seconds:float):
