@@ -12,7 +12,8 @@ Many pages read Python's own sources, which change with its last number, too.
 
 Ranks that a page starts with `run_ranks` are forked from a process that has imported PyTorch, as those of the
 tests are; those of the page that writes `run_ranks` and of the launchers' pages start the usual way."""
-import importlib, platform, re, subprocess, sys
+import importlib, os, platform, re, subprocess, sys, tempfile
+from contextlib import contextmanager
 from decimal import Decimal
 from importlib.metadata import version
 from itertools import zip_longest
@@ -125,4 +126,13 @@ class PageShell(CaptureShell):
 
 nbdev.test.CaptureShell = PageShell                     # the name by which nbdev_test makes its shell
 
-if __name__ == '__main__': nbdev.test.nbdev_test()
+@contextmanager
+def temporary_folder():
+    "One for all pages: the processes that run them end at once, and leave what they wrote, 700 MB in all"
+    with tempfile.TemporaryDirectory(prefix='pages-', ignore_cleanup_errors=True) as folder:
+        os.environ['TMPDIR'] = folder
+        tempfile.tempdir = None                         # asked for anew, by processes that are forked too
+        yield
+
+if __name__ == '__main__':
+    with temporary_folder(): nbdev.test.nbdev_test()
