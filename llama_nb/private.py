@@ -56,10 +56,13 @@ def compiler_with_budget(backend:str,  # of `torch.compile`
                          budget:float, # 0: keep a graph's inputs, 1: keep what the compiler keeps by itself
                         )->Callable:   # a backend
     "A backend whose graphs keep that share of their activations"
-    inner = torch._dynamo.lookup_backend(backend)
+    inner, config = torch._dynamo.lookup_backend(backend), torch._functorch.config
+    settings = {'activation_memory_budget': budget}
+    # A block over tensor ranks is handed their group, which holds no tensors; torch 2.13 wants to be told
+    groups = 'unsafe_treat_script_objects_as_zero_size'
+    if hasattr(config, groups): settings[groups] = True
     def compiler(graph, inputs, **options):
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            return inner(graph, inputs, **options)
+        with config.patch(settings): return inner(graph, inputs, **options)
     return compiler
 
 def send_while_multiplying(group:'torch.distributed.ProcessGroup', # ranks that share a multiplication

@@ -179,7 +179,7 @@ def fake_ranks():
     if started: dist.destroy_process_group()
 
 LAYOUTS = {'TP': ((1, 1, 2), False), 'TP+SP': ((1, 1, 2), True), 'FSDP': ((1, 2, 1), True), 'HSDP': ((2, 2, 1), True), 'HSDP x TP+SP': ((2, 2, 2), True)}
-QUICK = [('FSDP', 'none'), ('TP+SP', 'linear'), ('HSDP', 'linear'), ('HSDP x TP+SP', 'full')]                 # the others: make torture
+QUICK = [('FSDP', 'none'), ('TP+SP', 'linear'), ('TP+SP', 'budget'), ('HSDP', 'linear'), ('HSDP x TP+SP', 'full')]                 # the others: make torture
 WHERE = [(layout, mode) if (layout, mode) in QUICK else variant(layout, mode) for layout in LAYOUTS for mode in ('none', 'full', 'linear', 'budget')]
 WAYS = [pytest.param('sdpa', False, id='cross-sdpa'), pytest.param('xformers', True, id='separate-xformers', marks=WHEEL),     # each mode has others above
         pytest.param('sdpa', True, id='separate-sdpa', marks=pytest.mark.variant),
