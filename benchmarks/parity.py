@@ -26,11 +26,13 @@ MODES = ['none', 'full', 'linear']
 MODELS = {'even': ModelConfig(32, 2, 4, vocab_size=64, multiple_of=32, max_seq_len=16),
           # 10 and 6 rows over 4 ranks: unequal parts, one is empty
           'odd': ModelConfig(4, 2, 2, vocab_size=6, multiple_of=2, max_seq_len=16)}
-LAYOUTS = {2: {'FSDP': ((1, 2, 1), True), 'HSDP': ((2, 1, 1), True), 'TP': ((1, 1, 2), False),
+# replicate, shard, tensor; sequence parallelism. Only eight ranks have two of each, as the run file of 65B
+LAYOUTS = {2: {'FSDP': ((1, 2, 1), True), 'replicas': ((2, 1, 1), True), 'TP': ((1, 1, 2), False),
                'TP+SP': ((1, 1, 2), True)},
            4: {'FSDP': ((1, 4, 1), True), 'HSDP': ((2, 2, 1), True), 'TP': ((1, 1, 4), False),
                'TP+SP': ((1, 1, 4), True),
-               'FSDP x TP+SP': ((1, 2, 2), True), 'HSDP x TP+SP': ((2, 1, 2), True)}}
+               'FSDP x TP+SP': ((1, 2, 2), True), 'replicas x TP+SP': ((2, 1, 2), True)},
+           8: {'HSDP x TP+SP': ((2, 2, 2), True)}}
 
 # inputs and targets (8, 16); of the first sequence nearly all targets count, of the last none
 def batch(config, step):

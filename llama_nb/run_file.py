@@ -178,6 +178,7 @@ class _Parent(TypedDict):
     step:NotRequired[int]
     sha256:str
     changed:NotRequired[list[str]]
+    skipped:NotRequired[int]
 
 class _Origin(TypedDict):
     directory:str
@@ -222,12 +223,25 @@ def named_step(text:str # RUN, RUN@STEP, or the folder of a checkpoint in RUN
 
 # %% ../nbs/04_run_file.ipynb #for-help
 _SIZES = 'model.dim', 'model.n_layers', 'model.n_heads'
+_TRAIN = """Begin a run, or go on where its folder left off. The folder of a run may stand for RUN.toml.
+
+--fork RUN[@STEP] --out NEW: go on from a checkpoint of another run, with other settings.
+
+--check [--ranks N] [--gpu-memory GB]: find mistakes that need no GPU to be seen, and train nothing.
+
+--dry-run [GPUS] [--gpu-memory GB]: the memory and the traffic of a step on so many GPUs.
+
+--nproc N: on N GPUs of this machine.
+
+Exit codes: 0 finished; 2 a mistake that you can mend; 75 storage that may be well again; 138 and 143 saved
+after SIGUSR1 and SIGTERM; 130 after Ctrl-C; others a crash."""
 
 def _for_help(cls, prefix:str=''):
     "A class like `cls` for a help text"
     changed = [_preset_for_help()] if cls is ModelConfig else []
     changed += [about for f in fields(cls) if (about := _field_for_help(f, prefix + f.name))]
-    known = {'__doc__': cls.__doc__}
+    about = cls.__doc__.partition('. Raises ')[0]
+    known = {'__doc__': _TRAIN if cls is RunConfig else about}
     made = make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True, namespace=known)
     made.__module__ = cls.__module__                                    # tyro finds the comments there
     line = vars(cls).get('__firstlineno__')                             # from Python 3.13 on by this
@@ -242,6 +256,8 @@ def _field_for_help(f:Field, name:str)->tuple|None: # name, type, default; None 
         hint, default = f'(default: {FOLLOWS[name]})', f.default
     elif name in _SIZES:
         hint, default = '(required without preset)', 0
+    elif f.metadata.get('words'):
+        hint, default = f'({", ".join(f.metadata["words"])}; default: {f.default})', f.default
     else:
         return None
     return f.name, Annotated[f.type, tyro.conf.arg(help_behavior_hint=hint)], field(default=default)

@@ -44,7 +44,7 @@ class DataConfig:
     seq_len:int=2048                      # t, tokens in a sequence
     batch_size:int=2048                   # sequences per optimiser step (2048 x 2048 = 4M tokens, Table 2)
     documents:str=setting('cross', words=('cross', 'separate')) # separate: attention ends at a border
-    shift:int=setting(0, min=-10**12, max=10**12)  # sequences by which the batches are moved; a fork sets it
+    shift:int=setting(0, min=-10**12, max=10**12) # sequences by which batches move; of a fork: to leave out
 
     def __post_init__(self): check_fields(self)
 

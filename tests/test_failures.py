@@ -298,11 +298,16 @@ def test_the_batch_script_hands_over_cores_connections_and_a_port(tmp_path):
         refused = submit(code)                                          # by the check, before any rank began
         assert refused.returncode == int(code) and words in refused.stdout
         assert not (tmp_path/'called').exists()
+    slurm['PYTHON'] = str(tmp_path/'none')
+    missing = submit('0')
+    assert missing.returncode == 2 and 'there is no' in missing.stdout and 'set PYTHON' in missing.stdout
+    slurm['PYTHON'] = str(tmp_path/'python')
     done = submit('0')
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'checked').read_text() == '-m llama_nb train run.toml --check --ranks 16\n'
     called = (tmp_path/'called').read_text().splitlines()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert {'--export=ALL', '--distribution=block:block'} <= set(called)
     assert '--cpus-per-task=8' in called and 'lazy 1' in called and 'port 29999' in called
     assert f'limit {65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)}' in called
     before = int((ROOT/'configs'/'train.sbatch').read_text().split('--signal=USR1@')[1].split()[0])

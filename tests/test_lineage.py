@@ -94,6 +94,25 @@ def test_a_fork_with_nothing_changed_is_its_parent(parent, llama_nb, tmp_path):
     last = 'checkpoints/step-00000008/state.json'
     assert json.loads((out/last).read_text()) == json.loads((parent/last).read_text())
 
+def test_a_fork_leaves_out_what_it_is_told_to(parent, llama_nb, tmp_path):
+    "As PaLM did after a spike: go back, and skip batches. The same command goes on, another shift does not"
+    from llama_nb.train.run import open_data
+    out = tmp_path/'fork'
+    command = ('train', '--fork', f'{parent}@4', '--out', out, '--data.shift')
+    status, shown, err = llama_nb(*command, 16)
+    assert status == 0 and '16 sequences left out' in shown, err
+    ours, theirs = open_data(load_run(out))[0], open_data(load_run(parent))[0]
+    assert ours.batch_size == 8 and torch.equal(ours.batch(4)[0], theirs.batch(6)[0])
+    assert '16 sequences left out' in (out/'README.md').read_text()
+    for again in (command[:-1], (*command, 16), ('train', out)): assert 'is finished' in llama_nb(*again)[1]
+    refused(llama_nb(*command, 24), 'another configuration', 'data.shift')
+    shutil.rmtree(out/'checkpoints')                        # as if killed before the first one
+    assert llama_nb(*command, 16)[0] == 0
+    assert load_run(out).data.shift == ours.shift and steps(out) == [8]
+    status, shown, err = llama_nb('train', '--fork', f'{out}@8', '--out', tmp_path/'next', '--train.steps', 9)
+    assert status == 0 and 'left out' not in shown, err
+    assert torch.equal(open_data(load_run(tmp_path/'next'))[0].batch(8)[0], theirs.batch(10)[0])
+
 def test_a_fork_has_settings_of_its_own(parent, llama_nb, tmp_path, tokens):
     out = tmp_path/'fork'
     more = ('--train.steps', 12, '--optim.lr', 1e-3, '--data.batch_size', 12)

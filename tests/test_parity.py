@@ -12,17 +12,20 @@ pytestmark = pytest.mark.timeout(900)  # all cases are measured for whoever asks
 
 # each with all recompute modes; benchmarks/parity.py has the rest
 ALL = [(2, 'FSDP'), (2, 'TP+SP'), (4, 'FSDP x TP+SP')]
-ONCE = [(2, 'HSDP'), (2, 'TP'), (4, 'HSDP'), (4, 'TP+SP'), (4, 'HSDP x TP+SP')]
+ONCE = [(2, 'replicas'), (2, 'TP'), (4, 'HSDP'), (4, 'TP+SP'), (4, 'replicas x TP+SP'), (8, 'HSDP x TP+SP')]
 MATRIX = ([(n, case(name, mode)) for n, name in ALL for mode in parity.MODES]
           + [(n, case(name, 'linear')) for n, name in ONCE])
 UNEQUAL = [(4, case(name, model='odd')) for name in ('FSDP', 'HSDP', 'FSDP x TP+SP')]
-COMPILED = [(2, case('TP+SP', 'linear', compiler='aot_eager'))]
+# the second is what the run file of 65B asks for, in float32
+COMPILED = [(2, case('TP+SP', 'linear', compiler='aot_eager')),
+            (8, case('HSDP x TP+SP', 'linear', compiler='aot_eager'))]
 FURTHER = [variant(4, case('FSDP', 'linear')), variant(4, case('TP', 'linear')),
            variant(2, case('FSDP', compiler='aot_eager')),
            variant(4, case('FSDP x TP+SP', compiler='aot_eager'))]
 STEPS = 3   # the third is made with weights and moments that two updates have changed
 MEAN = [(2, case('FSDP', factor=.5))]
 NARROW = [(4, case(name, dtype='bfloat16')) for name in ('FSDP', 'FSDP x TP+SP')]
+NARROW += [(8, case('HSDP x TP+SP', 'linear', dtype='bfloat16', compiler='aot_eager'))]
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -35,7 +38,7 @@ def measured(folder):
     """case -> errors on each rank; starting processes takes longer than what they do, so one start for each
     number of them"""
     found = {}
-    for n in (2, 4):
+    for n in parity.LAYOUTS:
         cases = [c for m, c in MATRIX + UNEQUAL + COMPILED + MEAN + NARROW if m == n]
         ranks = run_ranks('parity:measure', n, {'folder': str(folder), 'cases': cases, 'steps': STEPS},
                           timeout=600)

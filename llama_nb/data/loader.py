@@ -8,6 +8,7 @@ __all__ = ['mix64', 'permute', 'Span', 'check_length', 'Loader', 'LoaderState', 
 
 # %% ../../nbs/13_data.loader.ipynb #imports
 import hashlib, os, signal, threading
+from numbers import Integral
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
@@ -31,7 +32,11 @@ def permute(i:np.ndarray, # (m,) places, each in 0 .. n-1
             n:int,        # how many there are
             key,          # anything with a repr; another key is another shuffle
            )->np.ndarray: # (m,) int64, numbers in 0 .. n-1, all different for different places
-    "A pseudo-random permutation of 0 .. n-1, without a list (Feistel network with cycle walking)"
+    """A pseudo-random permutation of 0 .. n-1, without a list (Feistel network with cycle walking). Raises
+    `UserError` for other places"""
+    i = np.asarray(i)
+    if ((i < 0) | (i >= n)).any():
+        raise UserError(f'places must be at least 0 and below {n}, not {i.min()}..{i.max()}')
     digest = hashlib.sha512(repr(key).encode()).digest()
     keys = np.frombuffer(digest[:48], dtype='<u8')              # six rounds
     half = np.uint64(max((n - 1).bit_length() + 1, 2)//2)       # bits
@@ -60,14 +65,20 @@ def check_length(name:str, n_tokens:int, seq_len:int):
     raise UserError(f'{name} has {n_tokens} tokens, one sequence needs {seq_len + 1}; '
                     'add text or lower data.seq_len')
 
+def _check_size(name:str, size):
+    if isinstance(size, Integral) and size > 0: return
+    raise UserError(f'{name} must be a whole number above 0, not {size!r}')
+
 class Loader:
-    "Batches of token windows. Raises `UserError` if the text is shorter than one sequence"
+    "Batches of token windows. Raises `UserError` for sizes below 1, and a text shorter than one sequence"
     def __init__(self,
                  shards:TokenShards,
                  seq_len:int,    # t
                  batch_size:int, # b, sequences in a batch over all ranks
                  seed:int=0,
                  shift:int=0):   # sequences by which all batches are moved
+        _check_size('seq_len', seq_len)
+        _check_size('batch_size', batch_size)
         self.shards, self.seq_len, self.batch_size = shards, seq_len, batch_size
         self.seed, self.shift = int(seed), shift
         self.n_sequences = (shards.n_tokens - 1)//seq_len
@@ -76,7 +87,10 @@ class Loader:
     def first(self, i:int)->int: return i*self.batch_size + self.shift
 
     def places(self, i:int)->np.ndarray: # (b,) from 0
-        "Numbers of the sequences in batch `i`. Raises `UserError` where a shift leaves nothing for it"
+        """Numbers of the sequences in batch `i`. Raises `UserError` unless `i` is a number from 0, and where
+        a shift leaves nothing for it"""
+        if not isinstance(i, Integral) or i < 0:
+            raise UserError(f'there is no batch {i!r}; batches are counted 0, 1, 2 and so on')
         first = self.first(i)
         if first >= 0: return np.arange(first, first + self.batch_size)
         raise UserError(f'batch {i} is not of this run, which was forked later; ask for '
@@ -105,15 +119,18 @@ class Loader:
 
     def batch(self, i:int, rank:int=0, world_size:int=1,
              )->tuple[Tensor, Tensor]: # inputs, targets (b/world_size, t) int64
-        "Batch `i`, or the part of one rank. Raises `UserError` if the ranks do not divide the batch"
+        """Batch `i`, or the part of one rank. Raises `UserError` as `places`, for a rank that is not there,
+        and if the ranks do not divide the batch"""
+        if rank not in range(world_size):
+            raise UserError(f'there is no rank {rank} of {world_size}; ranks are counted from 0')
         if self.batch_size % world_size:
             raise UserError(f'data.batch_size {self.batch_size} cannot be shared by {world_size} ranks; '
                             'make it a multiple')
         share = self.batch_size//world_size
         mine = self.spans(i)[rank*share:(rank + 1)*share]
         rows = np.stack([self.read(span) for span in mine])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        both = np.stack([rows[:, :-1], rows[:, 1:]]).astype(np.int64)
+        return torch.from_numpy(both).unbind()              # no memory in common, one way to another process
 
 # %% ../../nbs/13_data.loader.ipynb #state
 class LoaderState(TypedDict):
@@ -206,6 +223,10 @@ class _Batches(Dataset):
         except Exception as e:
             return e
 
+def _begin(batches:DataLoader): # an iterator
+    "It draws a number with the generator, which is on the CPU, whatever the default device is"
+    with torch.device('cpu'): return iter(batches)
+
 def prefetch(loader:Loader,
              start:int, stop:int,  # batches start .. stop-1
              rank:int=0, world_size:int=1,
@@ -222,6 +243,6 @@ def prefetch(loader:Loader,
     batches = DataLoader(source, batch_size=None, sampler=range(start, stop), generator=random,
                          num_workers=int(ahead > 0), prefetch_factor=ahead or None,
                          worker_init_fn=_obey_loop_alone, pin_memory=pin)
-    for got in batches:
+    for got in _begin(batches):
         if isinstance(got, Exception): raise got
         yield got

@@ -19,7 +19,7 @@ from ..core import UserError, choose
 from .loader import Loader, Span, check_length, permute
 from .shards import TokenShards, read_across, token_dtype
 from .stage import choice
-from ..files import bytes_digest, write_atomic
+from ..files import bytes_digest, replacing
 from ..run_file import read_toml
 
 # %% ../../nbs/7F_data.mixture.ipynb #table-one
@@ -187,26 +187,36 @@ def write_mixture(path,         # of the file
                   sources:dict, # name -> (folder of token shards, weight)
                   **rules,      # other `MixtureRules`
                  )->Mixture:
-    "Write a mixture file and open it. Raises `UserError` where the sources do not fit"
+    "Write a mixture file and open it. Raises `UserError` where the sources do not fit; then nothing changes"
     path, text = Path(path), [tomli_w.dumps(rules)]
     for name, (folder, weight) in sources.items():
         tokens = Path(os.path.relpath(folder, path.parent)).as_posix()
         text.append('[[source]]\n' + tomli_w.dumps({'name': name, 'tokens': tokens, 'weight': weight}))
-    write_atomic(path, '\n'.join(text).lstrip())
-    return Mixture(path)
+    with replacing(path) as tmp:
+        tmp.write_bytes('\n'.join(text).lstrip().encode())
+        _check_file(tmp, path)
+    return Mixture(path, None)
+
+def _check_file(tmp:Path,
+                path:Path, # what it shall be called
+               ):
+    try:
+        Mixture(tmp)
+    except UserError as e:
+        raise UserError(str(e).replace(f'{tmp}', f'{path}')) from e
 
 # %% ../../nbs/7F_data.mixture.ipynb #loader
 class MixtureLoader(Loader):
-    "Batches of a mixture. Raises `UserError` if a source is shorter than one sequence"
+    "Batches of a mixture. Raises `UserError` for sizes below 1, and a source shorter than one sequence"
     def __init__(self,
                  mixture:Mixture,
                  seq_len:int,    # t
                  batch_size:int, # b, sequences in a batch over all ranks
                  seed:int=0,
                  shift:int=0):   # as `Loader` takes it
+        super().__init__(mixture, seq_len, batch_size, seed, shift)
         for s in mixture.sources:
             check_length(f'the source {s.name!r} of {mixture.folder}', s.shards.n_tokens, seq_len)
-        super().__init__(mixture, seq_len, batch_size, seed, shift)
         self.counts = np.array([s.per_block for s in mixture.sources])
 
     def locate(self, i:np.ndarray, # (m,) sequences of the run

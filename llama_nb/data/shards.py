@@ -39,8 +39,12 @@ class Encoded(NamedTuple):
     n_bytes:int         # of its text
 
 def encoded(docs:Iterable, tokenizer)->Iterator[Encoded]:
-    "Documents one after the other as ids"
-    for doc in docs: yield Encoded(doc.id, document_tokens(doc, tokenizer), len(doc.text.encode()))
+    "Documents one after the other as ids. Raises `UserError` for what has no text and id"
+    for doc in docs:
+        texts = getattr(doc, 'text', None), getattr(doc, 'id', None)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f'write_shards needs Documents, such as Document(text, id), not {doc!r:.60}')
+        yield Encoded(doc.id, document_tokens(doc, tokenizer), len(doc.text.encode()))
 
 # %% ../../nbs/12_data.shards.ipynb #write-shard
 def _write_index(path:Path, ends:list[int], ids:list[str], tokenizer):
@@ -79,12 +83,14 @@ def _write_shard(path:Path,
 
 # %% ../../nbs/12_data.shards.ipynb #write-all
 def _write_folder(folder:Path, docs:Iterable[Encoded], tokenizer, limit:int):
-    "All shards, the tokenizer and the manifest. Raises `UserError` if there are no documents"
+    "All shards, the tokenizer and the manifest. Raises `UserError` if there is no text"
     docs, shards = iter(docs), []
     for doc in docs:
         path = folder/f'{len(shards):05}.ds'
         shards.append(_write_shard(path, doc, docs, tokenizer, limit))
     if not shards: raise UserError('there are no documents to write; an empty corpus cannot be trained on')
+    if not any(shard['bytes'] for shard in shards):
+        raise UserError('the documents have no text; an empty corpus cannot be trained on')
     shutil.copyfile(tokenizer.path, folder/'tokenizer.model')
     files = {p.name: {'bytes': p.stat().st_size, 'sha256': file_digest(p)} for p in sorted(folder.iterdir())}
     write_manifest(folder, tokenizer, limit, shards, files)
@@ -350,7 +356,10 @@ def write_shards(docs:Iterable,                # of Document
                 )->TokenShards:
     """Tokenise `docs` into a new folder of shards; a failure leaves nothing behind.
 
-    Raises `UserError` for an empty corpus or a folder that is there, `TemporaryError` for a full disk"""
+    Raises `UserError` for an empty corpus, what is no `Document` or `Tokenizer` and a folder that is there,
+    `TemporaryError` for a full disk"""
+    if not hasattr(tokenizer, 'ids'):
+        raise UserError(f'write_shards needs a Tokenizer, such as Tokenizer(path), not {tokenizer!r:.60}')
     return write_encoded(encoded(docs, tokenizer), tokenizer, folder, tokens_per_shard)
 
 def write_encoded(docs:Iterable[Encoded], tokenizer, folder, tokens_per_shard:int=2**30)->TokenShards:

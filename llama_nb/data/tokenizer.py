@@ -11,6 +11,8 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain
+from numbers import Integral
+from operator import index
 from pathlib import Path
 import sentencepiece
 from ..core import UserError
@@ -28,14 +30,18 @@ LLAMA_SPEC = dict(model_type='bpe', character_coverage=0.99995,
 def training_lines(texts:Iterable[str],
                    longest:int=4192 # bytes per line
                   )->Iterator[str]:
-    "Lines of the texts, none empty, none longer than `longest` bytes"
+    "Lines of the texts, none empty, none longer than `longest` bytes. Raises `UserError` for what is no text"
     for text in texts:
+        _check_text(text)
         for line in text.replace('\0', '\n').split('\n'):
             data = line.encode()
             if len(data) > longest:
                 yield from _cut(data, longest)
             elif line:
                 yield line
+
+def _check_text(text):
+    if not isinstance(text, str): raise UserError(f'a text must be a string, not {text!r:.60}')
 
 def _cut(line:bytes, longest:int)->Iterator[str]:
     "A line in parts of at most `longest` bytes, cut between characters"
@@ -73,7 +79,8 @@ def _open_model(path:Path, data:bytes): # a SentencePieceProcessor, or what has 
                     'make one with `llama-nb tokenizer`')
 
 def _check_unicode(text:str):
-    "Raise `UserError` for lone surrogates"
+    "Raise `UserError` for lone surrogates, and for what is no text"
+    _check_text(text)
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -108,7 +115,7 @@ class Tokenizer:
                bos:bool=True,  # begin with <s>
                eos:bool=False, # end with </s>
               )->list[int]:
-        "Ids of `text`. Raises `UserError` for lone surrogates"
+        "Ids of `text`. Raises `UserError` for lone surrogates, and for what is no text"
         return [*self.ids(text, bos, eos)]
 
     def ids(self, text:str, bos:bool=True, eos:bool=False)->Iterator[int]:
@@ -125,8 +132,12 @@ class Tokenizer:
     def decode(self,
                ids:Iterable[int]
               )->str:
-        "Text of `ids`; special tokens give none. Raises `UserError` for ids out of range"
-        ids = [int(i) for i in ids]
+        "Text of `ids`; special tokens give none. Raises `UserError` for ids out of range, and for no ids"
+        try:
+            ids = [index(i) for i in ids]                   # where `int` would make one of '12' and 300.9
+        except TypeError:
+            raise UserError('token ids must be a row of whole numbers, such as [5, 9], not '
+                            f'{" ".join(repr(ids).split()):.60}') from None
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise UserError(f'token ids must lie in 0..{self.vocab_size-1}, not {wrong}; '
@@ -137,7 +148,8 @@ class Tokenizer:
             raise UserError(f'{self.path} is damaged: {e}') from None
 
     def pieces(self, text:str)->list[str]:
-        "The pieces of `text`, to look at"
+        "The pieces of `text`, to look at. Raises `UserError` as `encode`"
+        _check_unicode(text)
         return self._sp.encode(text, out_type=str)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #train
@@ -147,7 +159,9 @@ def train_tokenizer(texts:Iterable[str],
                    )->Tokenizer:
     """Learn a tokenizer with the settings of LLaMA's released one (section 2.1).
 
-    Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text"""
+    Raises `UserError` if the text is too small for `vocab_size`, or `vocab_size` for the text, and before it
+    reads a text for what cannot work"""
+    _check_training(texts, path, vocab_size)
     model = io.BytesIO()
     settings = dict(LLAMA_SPEC, vocab_size=vocab_size, minloglevel=5)
     errors = []                                             # of the texts; SentencePiece rewrites them
@@ -165,6 +179,17 @@ def train_tokenizer(texts:Iterable[str],
     write_atomic(path, model.getvalue())
     return Tokenizer(path)
 
+# %% ../../nbs/10_data.tokenizer.ipynb #check-training
+def _check_training(texts:Iterable[str], path, vocab_size:int):
+    "Raise `UserError` for what would be noticed only after hours, or not at all: each character a text"
+    if isinstance(texts, (str, bytes)):
+        raise UserError('texts must be documents, such as [text], not one text')
+    if not isinstance(vocab_size, Integral) or not 1 <= vocab_size <= MOST_TOKENS:
+        raise UserError(f'vocab_size must be a whole number from 1 to {MOST_TOKENS:,}, such as 32000, '
+                        f'not {vocab_size!r}')
+    if Path(path).is_dir():
+        raise UserError(f'{path} is a folder; name a file for the tokenizer, such as {path}/tokenizer.model')
+
 # %% ../../nbs/10_data.tokenizer.ipynb #explain
 def _explain(message:str, vocab_size:int)->str:
     "SentencePiece's complaint in one line that says what to do"
@@ -174,7 +199,7 @@ def _explain(message:str, vocab_size:int)->str:
     if 'too high' in message:
         return (f'the text is too small for vocab_size {vocab_size}; it gives at most {number}: '
                 'lower vocab_size or add text')
-    if 'required_chars' in message:
+    if 'required_chars' in message or 'insert_id' in message:           # the latter for less than three
         return (f'vocab_size {vocab_size} does not hold all single characters, bytes and special tokens '
                 'of this text; raise it')
     return f'SentencePiece could not learn from this text: {message}'

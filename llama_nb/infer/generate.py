@@ -7,7 +7,7 @@ __all__ = ['KVCache', 'keep_top_p', 'keep_top_k', 'row_generators', 'pick_next',
            'generate_steps', 'generate', 'generate_batches', 'stream_text']
 
 # %% ../../nbs/33_infer.generate.ipynb #imports
-import hashlib, secrets
+import hashlib, math, secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from numbers import Integral
@@ -17,8 +17,10 @@ from ..core import UserError
 
 # %% ../../nbs/33_infer.generate.ipynb #kv-cache
 class KVCache:
-    "Keys and values of one layer for at most `length` tokens"
+    "Keys and values of one layer for at most `length` tokens. Raises `UserError` for less than one"
     def __init__(self, length:int):
+        if not isinstance(length, Integral) or length < 1:
+            raise UserError(f'the length of a cache must be a whole number above 0, not {length!r}')
         self.length, self.used = length, 0
         self.k = self.v = None
 
@@ -29,6 +31,7 @@ class KVCache:
                v:Tensor, # (b, t, h, k) their values
               )->tuple[Tensor, Tensor]: # (b, s, h, k) all keys and values so far
         "Store new keys and values behind the old ones. Raises `UserError` where they do not fit"
+        self._check_fit(k, v)
         new = slice(self.used, self.used + k.shape[1])
         if new.stop > self.length:
             raise UserError(f'a cache of {self.length} tokens has {self.used}, no room for {k.shape[1]} more')
@@ -36,6 +39,15 @@ class KVCache:
         self.k[:, new], self.v[:, new] = k, v
         self.used = new.stop
         return self.k[:, :self.used], self.v[:, :self.used]
+
+    def _check_fit(self, k:Tensor, v:Tensor):
+        "Raise `UserError` where a slice would take them all the same, one sequence or one head for all"
+        old = k if self.k is None else self.k
+        alike = (len(k), *k.shape[2:]) == (len(old), *old.shape[2:])
+        if alike and k.ndim == 4 and k.shape == v.shape: return
+        kept = '' if self.k is None else f', and those in the cache {tuple(self.k.shape)}'
+        shapes = f'{tuple(k.shape)} and {tuple(v.shape)}{kept}'
+        raise UserError(f'keys and values (b, t, h, k) do not fit: {shapes}')
 
     def _reserve(self, k:Tensor, v:Tensor):
         b, _, *rest = k.shape
@@ -81,16 +93,19 @@ def pick_next(logits:Tensor,                  # (b, v) logits of the last positi
               top_p:float,                    # probability of the nucleus
               streams:list[torch.Generator],  # one per row
               top_k:int=0,                    # how many of the most likely; 0: all
-             )->Tensor:                       # (b,) int64
+             )->Tensor:                       # (b,) int64, -1 where the largest logit is not finite
     "Choose the next token of every row"
-    if temperature == 0: return logits.argmax(-1)
+    if temperature == 0:
+        picked = logits.argmax(-1)                   # of a NaN, if there is one
+        return picked.where(logits.gather(1, picked[:, None])[:, 0].isfinite(), -1)
     exact = logits.detach().cpu().double()           # not every device has float64
-    kept = keep_top_p(keep_top_k((exact/temperature).softmax(-1), top_k), top_p)
+    largest = exact.amax(-1, keepdim=True)
+    kept = keep_top_p(keep_top_k(((exact - largest)/temperature).softmax(-1), top_k), top_p)
     total = kept.cumsum(-1)
-    draws = [torch.rand((), generator=g, dtype=torch.float64) for g in streams]
+    draws = [torch.rand((), generator=g, dtype=torch.float64, device='cpu') for g in streams]
     u = torch.stack(draws)*total[:, -1]
-    picked = torch.searchsorted(total, u[:, None], right=True)[:, 0]
-    return picked.clamp(max=logits.shape[-1]-1).to(logits.device)
+    picked = torch.searchsorted(total, u[:, None], right=True)[:, 0].clamp(max=logits.shape[-1]-1)
+    return picked.where(largest[:, 0].isfinite(), -1).to(logits.device)
 
 # %% ../../nbs/33_infer.generate.ipynb #left-pad
 def left_pad(prompts:list[list[int]], # b of them, the longest t tokens long
@@ -124,7 +139,8 @@ def check_request(model,                   # a LLaMA
     check_prompts(prompts)
     if not all(len(p) for p in prompts):
         raise UserError('a prompt needs at least one token; begin with the tokenizer\'s bos_id')
-    if temperature < 0: raise UserError(f'temperature must be 0 (greedy) or more, not {temperature}')
+    if not 0 <= temperature < math.inf:
+        raise UserError(f'temperature must be 0 (greedy) or more, and finite, not {temperature}')
     if not 0 < top_p <= 1: raise UserError(f'top_p must lie above 0 and be at most 1, not {top_p}')
     if top_k < 0: raise UserError(f'top_k must be 0 (all tokens) or more, not {top_k}')
     if max_new_tokens < 1: raise UserError(f'max_new_tokens must be at least 1, not {max_new_tokens}')
@@ -145,7 +161,8 @@ def generate_steps(model,                   # a LLaMA
                    top_k:int=0,             # draw from so many of the most likely tokens; 0: from all
                    streams:list[torch.Generator]|None=None, # one per row; made from `seed` if None
                   )->Iterator[list[int|None]]: # per step b new ids, None where the text has ended
-    "One step of all prompts at a time. Raises `UserError` at the first step, as `check_request` does"
+    """One step of all prompts at a time. Raises `UserError` at the first step, as `check_request` does, and
+    where the logits are not finite"""
     check_request(model, prompts, max_new_tokens, temperature, top_p, top_k)
     tokens, positions, visible = left_pad(prompts, next(model.parameters()).device)
     caches = [KVCache(tokens.shape[1] + max_new_tokens) for _ in model.layers]
@@ -156,6 +173,8 @@ def generate_steps(model,                   # a LLaMA
         positions = positions[:, -1:] + 1
         if visible is not None: visible = torch.cat((visible, visible.new_ones(len(prompts), 1)), 1)
         ids = tokens[:, 0].tolist()
+        if min(ids) < 0: raise UserError('the logits of the model are not finite; look at its weights and at '
+                                         'what its training has logged')
         yield [None if done else i for done, i in zip(ended, ids)]
         ended = [done or i == eos_id for done, i in zip(ended, ids)]
         if all(ended): return

@@ -8,19 +8,22 @@ __all__ = ['Attention']
 # %% ../../nbs/23_model.attention.ipynb #imports
 from einops import rearrange
 from torch import Tensor, nn
-from .backends import attend
+from ..config import ModelConfig
+from .backends import attend, check_backend
 from .rope import apply_rotary
 
 # %% ../../nbs/23_model.attention.ipynb #attention
 class Attention(nn.Module):
-    "Multi-head causal self-attention with rotary embedding (section 2.2)"
+    """Multi-head causal self-attention with rotary embedding (section 2.2).
+    Raises `UserError` for heads that do not fit, and for a backend that does not exist"""
     def __init__(self,
                  dim:int,     # d
-                 n_heads:int, # h, divides d
+                 n_heads:int, # h, divides d, and d/h is even
                  backend:str='auto', # of `attend`: reference, sdpa, xformers
                 ):
         super().__init__()
-        self.head_dim, self.backend = dim//n_heads, backend
+        check_backend(backend)
+        self.head_dim, self.backend = ModelConfig(dim, 1, n_heads).head_dim, backend
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self,

@@ -60,13 +60,20 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy): return gated_linear_backward(dy, *ctx.saved_tensors)
 
+_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+
+def _only_multiplies(linear:nn.Module)->bool:
+    "Whether a call of it is a product with its weight, which is whole, and nothing else"
+    own = vars(linear)
+    if type(linear) is not nn.Linear or linear.bias is not None or 'forward' in own: return False
+    shared = hasattr(linear.weight, 'placements') # a DTensor: ranks share the matrix multiplication
+    return not shared and not any(own[name] for name in _HOOKS)
+
 def gated_linear(a:Tensor,         # (..., f) the gate
                  c:Tensor,         # (..., f) what is passed through it
-                 linear:nn.Linear, # f to d, without a bias
-                 lean:bool=True,   # keep `a` and `c` only for the backward pass
+                 linear:nn.Module, # f to d
+                 lean:bool=True,   # keep `a` and `c` only for the backward pass, if `linear` only multiplies
                 )->Tensor:         # (..., d)
-    "linear(silu(a)*c) (Shazeer 2020, equation 6). Raises `ValueError` for a linear layer with a bias"
-    if linear.bias is not None: raise ValueError('gated_linear takes a linear layer without a bias')
-    shared = hasattr(linear.weight, 'placements') # a DTensor: ranks share the matrix multiplication
-    plain = shared or not lean or torch.compiler.is_compiling()
+    "linear(silu(a)*c) (Shazeer 2020, equation 6)"
+    plain = not lean or torch.compiler.is_compiling() or not _only_multiplies(linear)
     return linear(F.silu(a)*c) if plain else _GatedLinear.apply(a, c, linear.weight)

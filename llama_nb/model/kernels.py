@@ -46,6 +46,8 @@ def check_borders(borders:Tensor, # (n+1,) int32, begins of documents in the b*t
                   device=None,    # where they must lie; anywhere if None
                  ):
     "Raise `UserError` unless `borders` cut b sequences of t tokens; a GPU and a compiler see no values"
+    if not isinstance(borders, Tensor):
+        raise UserError(f'borders of documents must be a tensor, not {borders!r:.60}; see document_borders')
     device = device or borders.device
     fits = borders.ndim == 1 and borders.dtype == torch.int32 and borders.device == device
     if not fits or len(borders) < 2:
@@ -73,16 +75,38 @@ def attend_reference(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k),
     return einsum(weights.to(v.dtype), v, 'b h t s, b s h k -> b t h k')
 
 # %% ../../nbs/40_model.kernels.ipynb #check-attention
-def check_attention(q:Tensor, k:Tensor, v:Tensor, borders:Tensor|None):
-    "Raise `UserError` for keys that do not fit the queries, mixed devices or types, documents beside a cache"
-    t, s = q.shape[1], k.shape[1]
+def _check_shapes(q:Tensor, k:Tensor, v:Tensor):
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if any(len(shape) != 4 for shape in shapes):
+        raise UserError('queries, keys and values must be (b, t, h, k), not '
+                        f'{shapes[0]}, {shapes[1]} and {shapes[2]}')
+    (b, t, h, width), (_, s, kept, _), _ = shapes
     if s < t: raise UserError(f'{t} queries need at least as many keys, not {s}')
+    if shapes[1] == shapes[2] == (b, s, h, width): return
+    shared = 0 < kept < h and h % kept == 0 and v.shape[2] == kept
+    hint = f'; give each head its own: k.repeat_interleave({h//kept}, 2), and v likewise' if shared else ''
+    raise UserError(f'keys and values must be (b, s, h, k) as queries {shapes[0]} are (b, t, h, k), '
+                    f'not {shapes[1]} and {shapes[2]}{hint}')
+
+def _check_visible(visible:Tensor, b:int, s:int, device:torch.device):
+    wanted = f'visible must be torch.bool ({b}, {s}) on {device}, True for keys that may be looked at'
+    if not isinstance(visible, Tensor): raise UserError(f'{wanted}, not {visible!r:.60}')
+    if visible.shape == (b, s) and visible.dtype == torch.bool and visible.device == device: return
+    raise UserError(f'{wanted}, not {visible.dtype} {tuple(visible.shape)} on {visible.device}; '
+                    'mask.bool() makes one of ones and zeros')
+
+def check_attention(q:Tensor, k:Tensor, v:Tensor, visible:Tensor|None=None, borders:Tensor|None=None):
+    """Raise `UserError` for keys or values that do not fit the queries, mixed devices or types, another mask
+    than of keys, documents beside a cache"""
+    _check_shapes(q, k, v)
+    b, t, s = *q.shape[:2], k.shape[1]
     if len({(x.device, x.dtype) for x in (q, k, v)}) > 1:
         found = ', '.join(f'{x.device} {x.dtype}' for x in (q, k, v))
         raise UserError(f'queries, keys and values must share device and type, not {found}')
+    if visible is not None: _check_visible(visible, b, s, q.device)
     if borders is None: return
     if s != t: raise UserError(f'documents need as many keys as queries, not {s} and {t}')
-    check_borders(borders, len(q), t, q.device)
+    check_borders(borders, b, t, q.device)
 
 # %% ../../nbs/40_model.kernels.ipynb #operator
 def _like(x:Tensor)->Tensor: return x.new_empty(x.shape)

@@ -6,8 +6,10 @@
 __all__ = ['inverse_rms', 'rmsnorm_backward', 'rmsnorm', 'RMSNorm']
 
 # %% ../../nbs/20_model.norm.ipynb #imports
+import math
 import torch
 from torch import Tensor, nn
+from ..core import UserError
 
 # %% ../../nbs/20_model.norm.ipynb #inverse-rms
 def inverse_rms(x:Tensor, # (..., d)
@@ -55,17 +57,22 @@ def rmsnorm(x:Tensor,      # (..., d)
             weight:Tensor, # (d,)
             eps:float,     # added to the mean square
            )->Tensor:      # (..., d), dtype of x
-    "x/RMS(x)*weight (Zhang & Sennrich 2019, equation 4)"
+    "x/RMS(x)*weight (Zhang & Sennrich 2019, equation 4). Raises `UserError` for an x of another width"
+    if x.shape[-1:] != weight.shape or not x.is_floating_point():
+        raise UserError(f'RMSNorm needs floating-point numbers (..., {len(weight)}), '
+                        f'not {x.dtype} {tuple(x.shape)}')
     return _Normalise.apply(x, weight, eps)
 
 # %% ../../nbs/20_model.norm.ipynb #rmsnorm-module
 class RMSNorm(nn.Module):
-    "Root mean square normalisation of the last axis, with a weight (Zhang & Sennrich 2019, equation 4)"
+    """Root mean square normalisation of the last axis, with a weight (Zhang & Sennrich 2019, equation 4).
+    Raises `UserError` for a negative `eps` and for an x of another width"""
     def __init__(self,
                  dim:int,       # d
                  eps:float=1e-6 # added to the mean square
                 ):
         super().__init__()
+        if not 0 <= eps < math.inf: raise UserError(f'eps must be 0 or more, and finite, not {eps}')
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 

@@ -6,6 +6,7 @@
 __all__ = ['frequencies', 'rotation_table', 'apply_rotary', 'neighbours_to_halves', 'halves_to_neighbours']
 
 # %% ../../nbs/21_model.rope.ipynb #imports
+from numbers import Integral
 import torch
 from torch import Tensor
 from einops import rearrange
@@ -16,9 +17,9 @@ def frequencies(k:int,               # head width, even
                 theta:float=10000.0, # base of the wavelengths
                )->Tensor:            # (k/2,) float64, radians per token
     "Angle by which each pair of coordinates turns from one token to the next. Raises `UserError` for odd `k`"
-    if k % 2:
+    if not isinstance(k, Integral) or k < 2 or k % 2:
         raise UserError('rotary embedding turns pairs of coordinates, '
-                        f'so the head width must be even, not {k}')
+                        f'so the head width must be even, not {k!r}')
     return theta**(-torch.arange(0, k, 2, dtype=torch.float64)/k)
 
 # %% ../../nbs/21_model.rope.ipynb #rotation-table
@@ -32,10 +33,23 @@ def rotation_table(k:int,               # head width
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
 # %% ../../nbs/21_model.rope.ipynb #apply-rotary
+def _check_rotary(x:Tensor, rotation:Tensor):
+    shape = tuple(x.shape)
+    if len(shape) != 4 or shape[-1] % 2 or not x.is_floating_point():
+        raise UserError('rotary embedding turns floating-point numbers (b, t, h, k) with an even k, '
+                        f'not {x.dtype} {shape}')
+    b, t, _, k = shape
+    fits = rotation.shape == (t, k//2) or rotation.shape == (b, t, k//2)
+    if not fits or not rotation.is_complex():
+        raise UserError(f'rotations must be complex ({t}, {k//2}) or ({b}, {t}, {k//2}), a row for each '
+                        f'position, not {rotation.dtype} {tuple(rotation.shape)}; see rotation_table')
+
 def apply_rotary(x:Tensor,        # (b, t, h, k) queries or keys
                  rotation:Tensor, # (t, k/2) or (b, t, k/2) complex, one row per position
                 )->Tensor:        # (b, t, h, k), dtype of x
-    "Turn each pair of neighbouring coordinates by the angle of its position (Su et al. 2021, section 3.2)"
+    """Turn each pair of neighbouring coordinates by the angle of its position (Su et al. 2021, section 3.2).
+    Raises `UserError` for rotations that do not fit"""
+    _check_rotary(x, rotation)
     wide = x if x.dtype == torch.float64 else x.float()
     turn = _turn_real if torch.compiler.is_compiling() else _turn_complex
     pairs = wide.unflatten(-1, (-1, 2))
@@ -44,6 +58,9 @@ def apply_rotary(x:Tensor,        # (b, t, h, k) queries or keys
 
 def _turn_complex(pairs, rotation): # (..., k/2, 2), and complex (..., k/2)
     "Pairs times rotations, as complex numbers"
+    *steps, last = pairs.stride()
+    readable = last == 1 and pairs.storage_offset() % 2 == 0 and all(n % 2 == 0 for n in steps)
+    if not readable: pairs = pairs.clone(memory_format=torch.contiguous_format)
     return torch.view_as_real(torch.view_as_complex(pairs)*rotation)
 
 def _turn_real(pairs, rotation):

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from ..core import UserError, to_autocast
 from ..model.chunked_loss import sum_over_chunks
-from ..model.norm import rmsnorm
+from ..model.norm import RMSNorm, rmsnorm
 from ..model.transformer import LLaMA
 from ..private import COLLECTIVES, send_while_multiplying
 from ..settings import check_tensor_degree
@@ -31,11 +31,12 @@ class _SharedNorm(ParallelStyle):
 
     def _apply(self, norm:nn.Module, mesh:DeviceMesh)->nn.Module:
         norm.weight = nn.Parameter(distribute_tensor(norm.weight, mesh, [Replicate()], src_data_rank=None))
-        def forward(x):
-            weight = norm.weight.to_local(grad_placements=self.gradient)
-            return rmsnorm(x, weight, norm.eps)
-        norm.forward = forward
+        norm.gradient, norm.__class__ = self.gradient, _NormOfRanks
         return norm
+
+class _NormOfRanks(RMSNorm):
+    "A norm whose weight is a DTensor; `gradient` is the layout of the weight's gradient"
+    def forward(self, x): return rmsnorm(x, self.weight.to_local(grad_placements=self.gradient), self.eps)
 
 # %% ../../nbs/51_parallel.tensor.ipynb #row-product
 def _stretches(x:Tensor, n:int)->Tensor: return torch.cat(x.chunk(n, 1))     # (b, t, f) -> (n*b, t/n, f)
@@ -84,16 +85,20 @@ class _Rows(ParallelStyle):
 
     def _apply(self, linear:nn.Linear, mesh:DeviceMesh)->nn.Linear:
         linear.weight = nn.Parameter(distribute_tensor(linear.weight, mesh, [Shard(1)]))
-        layout = self.stream.is_shard(), mesh.size(), mesh.get_group().group_name
-        def apart(x):
-            shared = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
-            part = F.linear(shared, linear.weight)
-            return part.redistribute(placements=[self.stream], async_op=True).to_local()
-        def forward(x):
-            if torch.compiler.is_compiling(): return apart(x)
-            return row_product(to_autocast(x), to_autocast(linear.weight.to_local()), *layout)
-        linear.forward = forward
+        linear.layout = self.stream.is_shard(), mesh.size(), mesh.get_group().group_name
+        linear.stream, linear.__class__ = self.stream, _LinearOfRanks
         return linear
+
+class _LinearOfRanks(nn.Linear):
+    "A linear layer of which each rank has rows; `layout` is what `row_product` asks for"
+    def forward(self, x):
+        if torch.compiler.is_compiling(): return self._apart(x)
+        return row_product(to_autocast(x), to_autocast(self.weight.to_local()), *self.layout)
+
+    def _apart(self, x):
+        shared = DTensor.from_local(x, self.weight.device_mesh, [Shard(-1)], run_check=False)
+        part = F.linear(shared, self.weight)
+        return part.redistribute(placements=[self.stream], async_op=True).to_local()
 
 # %% ../../nbs/51_parallel.tensor.ipynb #plan
 def _block_plan(stream, sequence:bool)->dict: # name of a module -> its style
@@ -108,22 +113,35 @@ def _block_plan(stream, sequence:bool)->dict: # name of a module -> its style
             'feed_forward.w1': ColwiseParallel(), 'feed_forward.w3': ColwiseParallel(),
             'feed_forward.w2': _Rows(stream)}
 
+def _outer_plan(stream, sequence:bool)->dict: # the same
+    "How the modules around the blocks are shared"
+    return {'tok_embeddings': RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
+            'norm': _SharedNorm(sequence),
+            'output': ColwiseParallel(input_layouts=stream, output_layouts=Replicate())}
+
 # %% ../../nbs/51_parallel.tensor.ipynb #apply
 def apply_tensor_parallel(model:LLaMA,        # on any device, meta included
                           mesh:DeviceMesh,    # one dimension, n ranks
                           sequence:bool=True, # share the stream by positions; then n must divide t
                          ):
     """Share the matrix multiplications of `model` in place (Korthikanti et al. 2022). `model.hidden` then
-    gives (b, t/n, d), or (b, t, d) without `sequence`. Raises `UserError` if something cannot be shared"""
+    gives (b, t/n, d), or (b, t, d) without `sequence`, for `parallel_loss_sum`; `model(...)` gathers the
+    logits, and each rank has all. Raises `UserError` if something cannot be shared"""
     check_tensor_degree(model.config, mesh.size())
     if mesh.size() == 1: return
     stream = Shard(1) if sequence else Replicate()
-    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
-    outside = {'tok_embeddings': embedding, 'norm': _SharedNorm(sequence), 'output': ColwiseParallel()}
-    parallelize_module(model, mesh, outside)
-    def arrived(module, tokens, out): return out.clone()
-    model.tok_embeddings.register_forward_hook(arrived)
+    if sequence: model.tok_embeddings.register_forward_pre_hook(partial(_check_stretches, mesh.size()))
+    parallelize_module(model, mesh, _outer_plan(stream, sequence))
+    model.tok_embeddings.register_forward_hook(_arrived)
     for layer in model.layers: parallelize_module(layer, mesh, _block_plan(stream, sequence))
+
+def _arrived(module, tokens, out): return out.clone()
+
+def _check_stretches(n:int, module, inputs): # inputs: the tokens (b, t)
+    t = inputs[0].shape[1]
+    if not t % n: return
+    raise UserError(f'{t} positions cannot be divided among {n} ranks; pad the text to a multiple of {n}, '
+                    'or share the model with sequence=False, which generation needs')
 
 # %% ../../nbs/51_parallel.tensor.ipynb #finish-gradients
 def finish_gradients(model:nn.Module):

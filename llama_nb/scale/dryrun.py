@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from ..core import UserError
 from ..data.mixture import text_facts
 from ..flags import take_flag
-from ..model import kernels, transformer
+from ..model import chunked_loss, kernels, transformer
 from ..parallel.mesh import make_mesh
 from ..private import COLLECTIVES, OperatorMode
 from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tensors, group_name
@@ -257,7 +257,7 @@ def _fill(run:Trainer):
 
 # %% ../../nbs/82_scale.dryrun.ipynb #dry-step
 _LOOKS_AT_VALUES = ((transformer, 'check_tokens'), (transformer, 'check_borders'),
-                    (kernels, 'check_borders'))
+                    (kernels, 'check_borders'), (chunked_loss, 'check_targets'))
 
 def dry_step(config:RunConfig, world_size:int|None=None, rank:int=0)->'DryRun':
     """As `dry_run`, in this process, which must have no process group. Once in a process: what is compiled

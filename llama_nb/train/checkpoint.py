@@ -6,7 +6,7 @@
 __all__ = ['save_checkpoint', 'superseded', 'load_into', 'check_moments', 'Saver', 'HostMemory', 'lock_folder']
 
 # %% ../../nbs/63_train.checkpoint.ipynb #imports
-import copy, errno, json, os, secrets, shutil, socket, stat, threading
+import copy, errno, json, operator, os, secrets, shutil, socket, stat, threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -36,6 +36,7 @@ def save_checkpoint(folder,           # where the checkpoints of a run lie, the 
     """Write and publish `step-<step>` together; a crash leaves the earlier ones untouched. All ranks raise
     the same `CheckpointError` if any of them cannot write"""
     _check_keep(keep)
+    step = _whole(step)
     folder, first = Path(folder), rank_and_size(group)[0] == 0
     final, aside, tmp = folder/f'step-{step:08}', folder/f'.old-step-{step:08}', None
     plan = tensors
@@ -55,6 +56,12 @@ def save_checkpoint(folder,           # where the checkpoints of a run lie, the 
 def _check_keep(keep:int):
     if keep >= 1: return
     raise CheckpointError(f'keep must be at least 1, not {keep}: the checkpoint just written has to stay')
+
+def _whole(step)->int:
+    "`step`, which will name a folder. Raises `CheckpointError` for a text, a fraction, a number below 0"
+    with suppress(TypeError):
+        if operator.index(step) >= 0: return operator.index(step)
+    raise CheckpointError(f'step must be a whole number from 0 on, not {step!r:.60}')
 
 def _as_json(state:dict)->str:
     "`state` as text; raises `CheckpointError` naming what would not come back equal"
@@ -184,6 +191,7 @@ class Saver:
 
     def save(self, step:int, tensors:dict[str,dict[str,Tensor]], state:dict):
         "Copy what this rank will write, and return; waits for the save before, and raises its error"
+        step = _whole(step)
         self.wait()
         plan = storage_on_all_ranks(lambda: plan_sharded(tensors, self.group), self.group)
         plan = replace(plan, mine=self.host.copy(plan.mine))

@@ -60,7 +60,8 @@ class NonFiniteGuard:
         what = f'step {step} (batch {step - 1}) has loss {loss} and gradient norm {grad_norm}'
         if self.row <= self.limit: return f'{what}: skipped, nothing was changed'
         raise UserError(f'{what}, {self.row} such steps in a row; the weights are those before them: '
-                        'lower optim.lr in a new run, or look at the text with llama-nb data show')
+                        'look at the text with llama-nb data show; go on past it from a checkpoint with '
+                        'llama-nb train --fork RUN@STEP --out NEW --data.shift SEQUENCES, or lower optim.lr')
 
 # %% ../../nbs/64_train.guards.ipynb #spike
 class SpikeGuard:

@@ -33,6 +33,7 @@ class Start:
     path:Path          # folder of the checkpoint; or the file
     run:Path|None=None # folder of its run; None for a file
     step:int|None=None # steps that it has
+    skipped:int=0      # sequences that a fork leaves out where its parent stopped
 
     def __str__(self)->str: return str(self.path) if self.run is None else f'{self.run}@{self.step}'
 
@@ -79,11 +80,11 @@ def settle_start(config:RunConfig)->RunConfig:
 
 def _as_begun(config:RunConfig, begun:RunConfig)->RunConfig:
     "`config` with the beginning of `begun`, unless it asks for another one"
-    asked, theirs = config.train, begun.train
+    asked, theirs, shift = config.train, begun.train, config.data.shift
+    if shift in (0, read_origin(config.out).get('parent', {}).get('skipped', 0)): shift = begun.data.shift
     init = theirs.init if _same_start(asked.init, theirs.init) else asked.init
     fork = theirs.fork if _same_start(asked.fork, theirs.fork) else asked.fork
-    data = replace(config.data, shift=config.data.shift or begun.data.shift)
-    return replace(config, train=replace(asked, init=init, fork=fork), data=data)
+    return replace(config, train=replace(asked, init=init, fork=fork), data=replace(config.data, shift=shift))
 
 def _same_start(asked:str, begun:str)->bool:
     if not asked: return True
@@ -138,7 +139,8 @@ def write_origin(out:Path, config:RunConfig, start:Start|None=None):
     about = {'directory': str(Path.cwd()), 'folder': str(out.absolute())}
     if start:
         kind, run = ('fork' if config.train.fork else 'init'), start.run or start.path
-        parent = {'kind': kind, 'run': str(run.absolute()), 'step': start.step, 'sha256': start.digest}
+        parent = {'kind': kind, 'run': str(run.absolute()), 'step': start.step, 'sha256': start.digest,
+                  'skipped': start.skipped or None}
         if kind == 'fork': parent['changed'] = _changed(config, start)
         about['parent'] = {key: value for key, value in parent.items() if value is not None}
         if kind == 'fork': _copy_metrics(start, out)
@@ -147,7 +149,8 @@ def write_origin(out:Path, config:RunConfig, start:Start|None=None):
 def _changed(config:RunConfig, start:Start)->list[str]: # 'optim.lr: 0.001 -> 0.0005'
     found = changes(load_run(start.run), config)
     own = 'train.init', 'train.fork', 'data.shift'              # they say that it is a fork
-    return [f'{name}: {a!r} -> {b!r}' for name, (a, b) in found.items() if name not in own]
+    skipped = [f'{start.skipped:,} sequences left out']*bool(start.skipped)
+    return [f'{name}: {a!r} -> {b!r}' for name, (a, b) in found.items() if name not in own] + skipped
 
 def _copy_metrics(start:Start, out:Path):
     rows = [{'run': str(start.run)} | row for row in read_metrics(start.run/'metrics.jsonl')

@@ -12,43 +12,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import UserError
+from ..model.chunked_loss import check_targets
 
-# %% ../../nbs/30_train.loss.ipynb #check-shapes
-def _check_shapes(logits:Tensor, targets:Tensor):
-    "Raise `UserError` unless the shapes are (b, t, v) and (b, t)"
-    if logits.ndim == 3 and logits.shape[:2] == targets.shape: return
-    shapes = f'{tuple(logits.shape)} and {tuple(targets.shape)}'
-    raise UserError(f'logits (b, t, v) and targets (b, t) do not fit: {shapes}')
+# %% ../../nbs/30_train.loss.ipynb #check-inputs
+def _check_inputs(logits:Tensor, targets:Tensor, ignore_index:int):
+    "Raise `UserError` unless the shapes are (b, t, v) and (b, t), and the targets ids below v"
+    n_targets = tuple(getattr(targets, 'shape', ()))            # a list has none
+    if logits.ndim != 3 or logits.shape[:2] != n_targets:
+        shapes = f'{tuple(logits.shape)} and {n_targets}'
+        raise UserError(f'logits (b, t, v) and targets (b, t) do not fit: {shapes}')
+    check_targets(targets, logits.shape[2], ignore_index)
 
 # %% ../../nbs/30_train.loss.ipynb #loss-sum
 def loss_sum(logits:Tensor,        # (b, t, v)
-             targets:Tensor,       # (b, t) int64, the token after each position
+             targets:Tensor,       # (b, t) int64 or int32, the token after each position
              ignore_index:int=-100 # targets with this value do not count
             )->tuple[Tensor, int]: # sum of -ln p over the targets, float32, in nats; how many there were
-    "Summed next-token cross-entropy in nats. Raises `UserError` where the shapes do not fit"
-    _check_shapes(logits, targets)
+    """Summed next-token cross-entropy in nats. Raises `UserError` where shapes do not fit, and for wrong
+    targets"""
+    total, n = _sum_and_count(logits, targets, ignore_index)
+    return total, int(n)
+
+def _sum_and_count(logits:Tensor, targets:Tensor, ignore_index:int)->tuple[Tensor, Tensor]: # scalars
+    "`loss_sum` before it waits for the device"
+    _check_inputs(logits, targets, ignore_index)
     rows = logits.flatten(0, 1).float()
-    total = F.cross_entropy(rows, targets.flatten(), ignore_index=ignore_index, reduction='sum')
-    return total, int((targets != ignore_index).sum())
+    total = F.cross_entropy(rows, targets.flatten().long(), ignore_index=ignore_index, reduction='sum')
+    return total, (targets != ignore_index).sum()
 
 # %% ../../nbs/30_train.loss.ipynb #next-token-loss
 def next_token_loss(logits:Tensor,         # (b, t, v)
-                    targets:Tensor,        # (b, t) int64
+                    targets:Tensor,        # (b, t) int64 or int32
                     ignore_index:int=-100, # targets with this value do not count
                    )->Tensor:              # scalar float32, nats per token
-    "Mean next-token cross-entropy. Raises `UserError` where shapes do not fit or no target counts"
-    total, n = loss_sum(logits, targets, ignore_index)
-    if n: return total/n
+    "Mean next-token cross-entropy. Raises `UserError` as `loss_sum`, and where no target counts"
+    total, n = _sum_and_count(logits, targets, ignore_index)
+    if torch.compiler.is_compiling(): return total/n
+    counted = int(n)
+    if counted: return total/counted
     raise UserError(f'every target is {ignore_index}: there is nothing to learn from in this batch')
 
 # %% ../../nbs/30_train.loss.ipynb #position-losses
 def position_losses(logits:Tensor,         # (b, t, v)
-                    targets:Tensor,        # (b, t) int64
+                    targets:Tensor,        # (b, t) int64 or int32
                     ignore_index:int=-100, # targets with this value do not count
                    )->Tensor:              # (t,) float32, nats; NaN where no target counts
-    "Mean loss at each position of the sequence. Raises `UserError` where the shapes do not fit"
-    _check_shapes(logits, targets)
-    losses = F.cross_entropy(logits.mT.float(), targets, ignore_index=ignore_index, reduction='none')
+    "Mean loss at each position of the sequence. Raises `UserError` as `loss_sum`"
+    _check_inputs(logits, targets, ignore_index)
+    losses = F.cross_entropy(logits.mT.float(), targets.long(), ignore_index=ignore_index, reduction='none')
     return losses.sum(0)/(targets != ignore_index).sum(0)
 
 # %% ../../nbs/30_train.loss.ipynb #bits-per-byte
@@ -65,7 +76,10 @@ def _check_bytes(n:int):
 # %% ../../nbs/30_train.loss.ipynb #zlib-bits
 def zlib_bits_per_byte(texts:Iterable[str] # documents
                       )->float:
-    "Bits per byte of `zlib` at its strongest, applied document by document. Raises `UserError` for no text"
+    """Bits per byte of `zlib` at its strongest, applied document by document. Raises `UserError` for no text,
+    and for one in place of several"""
+    if isinstance(texts, (str, bytes)):
+        raise UserError('texts must be documents, such as [text], not one text')
     packed = n_bytes = 0
     for data in (text.encode() for text in texts):
         packed += len(zlib.compress(data, 9))

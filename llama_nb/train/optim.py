@@ -44,17 +44,24 @@ def clip_grad_norm(parameters:Iterable[nn.Parameter],
     sharded = hasattr(norm, 'full_tensor')                  # then each rank has a part of the sum
     return norm.full_tensor() if sharded else norm
 
+# %% ../../nbs/31_train.optim.ipynb #check-steps
+def _check_steps(step:int, warmup:int, total_steps:int):
+    "Raise `UserError` for a step before the first, and a warm-up that does not end before the run"
+    if step < 0: raise UserError(f'there is no step {step}; steps are counted 0, 1, 2 and so on')
+    if total_steps < 1: raise UserError(f'total_steps must be at least 1, not {total_steps}')
+    if warmup >= total_steps:
+        raise UserError(f'warmup_steps {warmup} must be below total_steps {total_steps}; '
+                        f'for example OptimConfig(warmup_steps={total_steps//10})')
+
 # %% ../../nbs/31_train.optim.ipynb #cosine-lr
 def cosine_lr(step:int,           # 0 .. total_steps-1; later steps keep the last rate
               config:OptimConfig, # lr is the peak
               total_steps:int,    # of the run, warm-up included
              )->float:            # learning rate of that step
     """Linear warm-up, then a cosine to `min_lr_ratio` of the peak at the last step (section 2.3). Raises
-    `UserError` for a warm-up that does not end before the run"""
+    `UserError` for a step below 0, and a warm-up that does not end before the run"""
     warmup = config.warmup_steps
-    if warmup >= total_steps:
-        raise UserError(f'warmup_steps {warmup} must be below total_steps {total_steps}; '
-                        f'for example OptimConfig(warmup_steps={total_steps//10})')
+    _check_steps(step, warmup, total_steps)
     if step < warmup: return config.lr*(step + 1)/warmup
     done = min((step - warmup + 1)/(total_steps - warmup), 1.)
     low = config.min_lr_ratio
@@ -71,12 +78,22 @@ def wsd_lr(step:int,           # 0 .. total_steps-1; later steps keep the last r
            config:OptimConfig, # lr is the peak
            total_steps:int,    # of the run, warm-up included
           )->float:            # learning rate of that step
-    "Warm-up, a constant rate, and a decay as 1 - sqrt(x) (Hu et al. 2024; Hägele et al. 2024)"
+    """Warm-up, a constant rate, and a decay as 1 - sqrt(x) (Hu et al. 2024; Hägele et al. 2024). Raises
+    `UserError` as `cosine_lr`, for a decay that begins before the warm-up ends, and for another schedule"""
     warmup, start, low = config.warmup_steps, config.decay_start(total_steps), config.min_lr_ratio
+    _check_steps(step, warmup, total_steps)
+    _check_decay(config, start)
     if step < warmup: return config.lr*(step + 1)/warmup
     if step < start: return config.lr
     done = min((step - start + 1)/(total_steps - start), 1.)
     return config.lr*(low + (1 - low)*(1 - math.sqrt(done)))
+
+def _check_decay(config:OptimConfig, start:int):
+    if config.schedule != 'wsd':
+        raise UserError(f"wsd_lr needs OptimConfig(schedule='wsd'), not {config.schedule!r}")
+    if start < config.warmup_steps:
+        raise UserError(f'a decay_fraction {config.decay_fraction} begins at step {start}, in the '
+                        f'{config.warmup_steps} of warm-up; lower one of them')
 
 SCHEDULES = {'cosine': cosine_lr, 'wsd': wsd_lr}
 

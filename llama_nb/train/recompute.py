@@ -27,23 +27,28 @@ def recompute_full(block:nn.Module):
     if any(hasattr(p, 'placements') for p in block.parameters()):            # weights that ranks share
         block.compile = partial(_compile_forward, block)
 
-def _again(plain): return partial(checkpoint, plain, use_reentrant=False)
+def _again(block, plain, *inputs): return checkpoint(plain, *inputs, use_reentrant=False)
 
 def _compile_forward(block, **options):
     "Compile the forward pass alone; checkpointing stays outside"
-    _wrap(block, lambda plain: _again(torch.compile(plain, **options)))
+    compiled = torch.compile(type(block).forward, **options)
+    _wrap(block, partial(_compiled_again, compiled))
+
+def _compiled_again(compiled, block, plain, *inputs):
+    return checkpoint(partial(compiled, block), *inputs, use_reentrant=False)
 
 # %% ../../nbs/42_train.recompute.ipynb #wrap
-def _wrap(block:nn.Module, around):
-    "Let `around(the plain forward)` run where gradients are recorded; generation goes the plain way"
+def _wrap(block:nn.Module, training):
+    "Let `training(block, plain, ...)` run where gradients are recorded; generation goes the plain way"
     recompute_none(block)
-    plain, block.feed_forward.lean = block.forward, False
-    training = around(plain)
-    def forward(x, rotation, cache=None, visible=None, borders=None): # as `TransformerBlock.forward`
-        if cache is not None or visible is not None or not torch.is_grad_enabled():
-            return plain(x, rotation, cache, visible, borders)
-        return training(x, rotation, None, None, borders)
-    block.forward = forward
+    block.feed_forward.lean = False
+    block.forward = partial(_forward, block, training)
+
+def _forward(block, training, x, rotation, cache=None, visible=None, borders=None):
+    "As `TransformerBlock.forward`"
+    plain = partial(type(block).forward, block)
+    if cache is not None or not torch.is_grad_enabled(): return plain(x, rotation, cache, visible, borders)
+    return training(block, plain, x, rotation, None, visible, borders)
 
 def recompute_none(block:nn.Module):
     "Keep everything that autograd wants"
@@ -61,9 +66,9 @@ _KEPT = {'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm',
 def _policy(context, operator, *args, **kwargs)->CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
-def _selectively(plain):
+def _selectively(block, plain, *inputs):
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
+    return checkpoint(plain, *inputs, use_reentrant=False, context_fn=contexts)
 
 def recompute_selective(block:nn.Module):
     "Keep the outputs of linear layers and attention by selective checkpointing; recompute everything else"
@@ -170,33 +175,28 @@ def _written(block):
     weights = list(block.parameters())
     return len(weights) == 9 and all(type(p) is nn.Parameter for p in weights)
 
-def _by_hand(block):
+def _by_hand(block, plain, x, rotation, cache, visible, borders):
+    "By hand, or by selective checkpointing for a compiler and where there is a mask"
+    if visible is not None or torch.compiler.is_compiling():
+        return _selectively(block, plain, x, rotation, cache, visible, borders)
     at, ff = block.attention, block.feed_forward
-    def training(x, rotation, cache, visible, borders):
-        weights = (block.attention_norm.weight, at.wq.weight, at.wk.weight, at.wv.weight, at.wo.weight,
-                   block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
-        return _BlockFunction.apply(block, rotation, borders, x, *weights)
-    return training
+    weights = (block.attention_norm.weight, at.wq.weight, at.wk.weight, at.wv.weight, at.wo.weight,
+               block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
+    return _BlockFunction.apply(block, rotation, borders, x, *weights)
 
 def recompute_by_hand(block:nn.Module):
-    """A backward pass written by hand (section 2.4), which keeps less than autograd; for blocks that are
-    not compiled. Raises `UserError` for weights that ranks share and for others than a block's nine"""
+    """A backward pass written by hand (section 2.4), which keeps less than autograd. Raises `UserError` for
+    weights that ranks share and for others than a block's nine"""
     if not _written(block):
         raise UserError('the backward pass by hand is written for the nine whole weights of a block; '
                         'use recompute_linear, which takes another way for others')
-    _wrap(block, lambda plain: _by_hand(block))
+    _wrap(block, _by_hand)
 
 # %% ../../nbs/42_train.recompute.ipynb #linear
 def recompute_linear(block:nn.Module):
     """Keep the outputs of linear layers (section 2.4) and of attention: by hand, or by selective
-    checkpointing where the block is compiled or ranks share its matrix multiplications"""
-    if not _written(block): return recompute_selective(block)
-    def around(plain):
-        compiled, eager = _selectively(plain), _by_hand(block)
-        def training(*inputs):
-            return compiled(*inputs) if torch.compiler.is_compiling() else eager(*inputs)
-        return training
-    _wrap(block, around)
+    checkpointing where the block is compiled, has a mask, or ranks share its matrix multiplications"""
+    _wrap(block, _by_hand if _written(block) else _selectively)
 
 # %% ../../nbs/42_train.recompute.ipynb #budget
 _compiler = cache(compiler_with_budget)                     # (backend, budget): one for all blocks
@@ -206,9 +206,10 @@ def recompute_budget(block:nn.Module,
                     ):
     "Leave it to the compiler, within a memory budget. Holds from the next `block.compile()` on"
     recompute_none(block)
-    def compile(*, backend='inductor', **options):
-        nn.Module.compile(block, backend=_compiler(backend, budget), **options)
-    block.compile = compile
+    block.compile = partial(_compile_within, block, budget)
+
+def _compile_within(block, budget, *, backend='inductor', **options):
+    nn.Module.compile(block, backend=_compiler(backend, budget), **options)
 
 # %% ../../nbs/42_train.recompute.ipynb #apply-recompute
 RECOMPUTE = {'none': recompute_none, 'full': recompute_full, 'linear': recompute_linear,

@@ -293,12 +293,15 @@ def open_start(config:RunConfig,
                loader:Loader, # of the training text
               )->tuple[Start|None, RunConfig]: # None: nothing, or the run has steps of its own
     """What a run begins with, and `config` with its place in the text: a fork reads on where its parent
-    stopped. Raises `UserError` where parent, network and tokenizer do not fit"""
+    stopped, but for the sequences that its `data.shift` leaves out. Raises `UserError` where parent, network
+    and tokenizer do not fit"""
     start = check_start(config, loader.shards)
     if not (start and config.train.fork): return start, config
+    if (Path(config.out)/'config.toml').exists(): return start, config      # settled when it began
     state = run_state(stored.read_state(start.path))
     shift, _ = shift_after(loader, start.step, state['data'])
-    return start, replace(config, data=replace(config.data, shift=shift))
+    skipped = config.data.shift
+    return replace(start, skipped=skipped), replace(config, data=replace(config.data, shift=shift + skipped))
 
 def _find_start(run:Trainer):
     "The same on every rank"

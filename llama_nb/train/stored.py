@@ -12,6 +12,7 @@ __all__ = ['JSON_BYTES', 'storage_on_all_ranks', 'storage_on_rank_zero', 'Checkp
 # %% ../../nbs/61_train.stored.ipynb #imports
 import math, os, shutil, stat, struct
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -238,11 +239,12 @@ def reading(path # of a file or a folder, for the message
 
 # %% ../../nbs/61_train.stored.ipynb #load
 def load_checkpoint(path,       # a checkpoint's folder
-                    parts=None, # names of those that are wanted, as ('model',); all if None
+                    parts=None, # names of those that are wanted, as ('model',), or one; all if None
                     digests:bool=True, # False: names and sizes only, after `latest_checkpoint`
                    )->tuple[dict[str,dict[str,Tensor]],dict]: # tensors, state, as they were saved
-    "Verify and read a checkpoint, whole tensors on the CPU. Raises `CheckpointError` if it is damaged"
-    path = Path(path)
+    """Verify and read a checkpoint, whole tensors on the CPU. Raises `CheckpointError` if it is damaged, or
+    lacks a part that is wanted"""
+    path, parts = Path(path), (parts,) if isinstance(parts, str) else parts
     index = _verified_index(path, parts, digests)
     wanted = {full: t for full, t in index.items() if parts is None or full.partition('/')[0] in parts}
     return _read_whole(path, wanted), read_state(path)
@@ -253,8 +255,15 @@ def _verified_index(path:Path, parts, digests:bool)->dict:
     files = read_manifest(path)
     verify_checkpoint(path, digests, {name: made for name, made in files.items() if name.endswith('.json')})
     index = checked_index(path, files)
+    _check_parts(path, index, parts)
     verify_checkpoint(path, digests, {name: files[name] for name in files_of(index, parts)})
     return index
+
+def _check_parts(path:Path, index:dict, parts):
+    there = dict.fromkeys(name.partition('/')[0] for name in index)
+    for part in parts or ():
+        if part not in there:
+            raise CheckpointError(f'{path} has no {part}; its parts are {", ".join(there) or "none"}')
 
 def checked_index(path:Path, # a checkpoint's folder
                   files:dict # as `read_manifest` returns it
@@ -280,8 +289,18 @@ def read_state(path # a checkpoint's folder
 # %% ../../nbs/61_train.stored.ipynb #check-fit
 def flat_names(tensors:dict[str,dict[str,Tensor]] # part -> name -> tensor
               )->dict[str,Tensor]:                # 'part/name' -> tensor
-    "All parts in one dictionary"
+    "All parts in one dictionary. Raises `CheckpointError` for what is not tensors in parts"
+    if not _are_parts(tensors):
+        raise CheckpointError("tensors come in parts, part -> name -> tensor, such as "
+                              "{'model': model.state_dict()}")
+    for part in tensors:
+        if '/' in part: raise CheckpointError(f'part {part!r} will begin names of files; leave out the /')
     return {f'{part}/{name}': t for part, named in tensors.items() for name, t in named.items()}
+
+def _are_parts(tensors)->bool:
+    parts = tensors.values() if isinstance(tensors, Mapping) else [None]
+    named = all(isinstance(part, Mapping) for part in parts)
+    return named and all(isinstance(t, Tensor) for part in parts for t in part.values())
 
 def check_fit(folder:Path,
               tensors:dict[str,dict[str,Tensor]], # part -> name -> Tensor in any layout, or on `meta`
@@ -389,7 +408,6 @@ def consolidate(path, # a checkpoint's folder
                ):
     "One safetensors file of a checkpoint in any layout, whole or not there at all. Raises `CheckpointError`"
     out, (tensors, _) = Path(out), load_checkpoint(path, ('model',))
-    if 'model' not in tensors: raise CheckpointError(f'{path} has no model')
     check_finite(path, tensors['model'])
     with disk(out.parent), replacing(out) as tmp: save_tensors(tensors['model'], tmp)
 

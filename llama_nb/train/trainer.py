@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from ..core import UserError
 from ..data.loader import batch_borders, prefetch
 from ..data.shards import TokenShards
 from ..files import write_atomic
@@ -127,7 +128,8 @@ def accumulate(model:torch.nn.Module,
                borders:Tensor|None=None, # (passes, n+1) int32, of documents, as from `batch_borders`
                count:Tensor|None=None,   # targets in the batch of all ranks; those of `targets` if None
               )->Tensor:                 # loss in nats over `count`; the mean loss, or this rank's part of it
-    "Forward and backward for each micro-batch; the gradients add up to those of the mean loss"
+    """Forward and backward for each micro-batch; the gradients add up to those of the mean loss. Raises
+    `UserError` for a wrapped model, as `forward_loss`"""
     if count is None: count = (targets != -100).sum()
     micro_batches = list(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size)))
     last, loss = len(micro_batches) - 1, 0.
@@ -145,7 +147,11 @@ def forward_loss(model:torch.nn.Module,
                  dtype:torch.dtype=torch.float32, # of the matrix multiplications
                  borders:Tensor|None=None, # (n+1,) int32, of documents in the b*t tokens, if separate
                 )->Tensor:                 # scalar float32, sum over the targets in nats
-    "The summed loss of a model in any layout"
+    """The summed loss of a model in any layout; compile its blocks (`compile_model`) or `model.hidden`.
+    Raises `UserError` for a model within a wrapper, as from `torch.compile(model)`, which would do nothing"""
+    if not hasattr(type(model), 'hidden'):
+        raise UserError(f'{type(model).__name__} is a wrapper, and training calls model.hidden within it; '
+                        'give the model itself, and compile its blocks with compile_model')
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.hidden(tokens, borders=borders)
     weight = model.output.weight
