@@ -16,7 +16,7 @@ from msgspec import Meta
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
-from ..core import UserError
+from ..core import UserError, check_count
 from .shards import TokenShards
 from ..untrusted import Count
 
@@ -65,10 +65,6 @@ def check_length(name:str, n_tokens:int, seq_len:int):
     raise UserError(f'{name} has {n_tokens} tokens, one sequence needs {seq_len + 1}; '
                     'add text or lower data.seq_len')
 
-def _check_size(name:str, size):
-    if isinstance(size, Integral) and size > 0: return
-    raise UserError(f'{name} must be a whole number above 0, not {size!r}')
-
 class Loader:
     "Batches of token windows. Raises `UserError` for sizes below 1, and a text shorter than one sequence"
     def __init__(self,
@@ -77,8 +73,8 @@ class Loader:
                  batch_size:int, # b, sequences in a batch over all ranks
                  seed:int=0,
                  shift:int=0):   # sequences by which all batches are moved
-        _check_size('seq_len', seq_len)
-        _check_size('batch_size', batch_size)
+        check_count('seq_len', seq_len)
+        check_count('batch_size', batch_size)
         self.shards, self.seq_len, self.batch_size = shards, seq_len, batch_size
         self.seed, self.shift = int(seed), shift
         self.n_sequences = (shards.n_tokens - 1)//seq_len

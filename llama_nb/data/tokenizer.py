@@ -15,7 +15,7 @@ from numbers import Integral
 from operator import index
 from pathlib import Path
 import sentencepiece
-from ..core import UserError
+from ..core import UserError, check_texts
 from ..files import bytes_digest, write_atomic
 from ..untrusted import read_bounded
 
@@ -182,8 +182,7 @@ def train_tokenizer(texts:Iterable[str],
 # %% ../../nbs/10_data.tokenizer.ipynb #check-training
 def _check_training(texts:Iterable[str], path, vocab_size:int):
     "Raise `UserError` for what would be noticed only after hours, or not at all: each character a text"
-    if isinstance(texts, (str, bytes)):
-        raise UserError('texts must be documents, such as [text], not one text')
+    check_texts(texts)
     if not isinstance(vocab_size, Integral) or not 1 <= vocab_size <= MOST_TOKENS:
         raise UserError(f'vocab_size must be a whole number from 1 to {MOST_TOKENS:,}, such as 32000, '
                         f'not {vocab_size!r}')

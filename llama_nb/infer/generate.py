@@ -13,14 +13,13 @@ from collections.abc import Iterable, Iterator
 from numbers import Integral
 import torch
 from torch import Tensor
-from ..core import UserError
+from ..core import UserError, check_count
 
 # %% ../../nbs/33_infer.generate.ipynb #kv-cache
 class KVCache:
     "Keys and values of one layer for at most `length` tokens. Raises `UserError` for less than one"
     def __init__(self, length:int):
-        if not isinstance(length, Integral) or length < 1:
-            raise UserError(f'the length of a cache must be a whole number above 0, not {length!r}')
+        check_count('the length of a cache', length)
         self.length, self.used = length, 0
         self.k = self.v = None
 

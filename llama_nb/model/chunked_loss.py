@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from ..core import UserError, to_autocast
+from .transformer import seen_range
 
 # %% ../../nbs/41_model.chunked_loss.ipynb #chunk-error
 def _loss_and_error(z:Tensor,    # (c, v) logits of a chunk; float32 ones are overwritten
@@ -126,10 +127,10 @@ def chunked_loss_sum(hidden:Tensor,          # (b, t, d) the stream after the la
 
 def _check_fit(hidden:Tensor, weight:Tensor, targets:Tensor):
     "Raise `UserError` unless the shapes are (b, t, d), (v, d) and (b, t)"
-    n_targets = tuple(getattr(targets, 'shape', ()))            # a list has none
-    same_tokens = hidden.ndim == 3 and hidden.shape[:2] == n_targets
+    shape = tuple(getattr(targets, 'shape', ()))                # a list has none
+    same_tokens = hidden.ndim == 3 and hidden.shape[:2] == shape
     if same_tokens and weight.shape[1:] == hidden.shape[2:]: return
-    shapes = f'{tuple(hidden.shape)}, {tuple(weight.shape)} and {n_targets}'
+    shapes = f'{tuple(hidden.shape)}, {tuple(weight.shape)} and {shape}'
     raise UserError(f'hidden (b, t, d), the output matrix (v, d) and targets (b, t) do not fit: {shapes}')
 
 # %% ../../nbs/41_model.chunked_loss.ipynb #check-targets
@@ -137,13 +138,11 @@ def check_targets(targets:Tensor, # (b, t) int64 or int32
                   vocab_size:int,
                   ignore_index:int=-100, # targets with this value may lie outside
                  ):
-    """Raise `UserError` unless `targets` are ids of the vocabulary. Their range is looked at on a CPU only,
-    and not within a graph of the compiler, which it would cut in two"""
+    "Raise `UserError` unless `targets` are ids of the vocabulary, as far as `seen_range` sees"
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         found = getattr(targets, 'dtype', targets)
         raise UserError(f'targets must be a tensor of int64 or int32, not {found!r:.60}')
-    if targets.device.type != 'cpu' or torch.compiler.is_compiling() or not targets.numel(): return
-    low, high = (x.item() for x in targets.where(targets != ignore_index, 0).aminmax())
+    low, high = seen_range(targets, ignore_index)
     if low < 0 or high >= vocab_size:
         raise UserError(f'targets must lie in 0..{vocab_size-1}, or be {ignore_index} where they do not '
                         f'count, not {low}..{high}')

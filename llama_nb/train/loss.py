@@ -11,15 +11,15 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import UserError
+from ..core import UserError, check_texts
 from ..model.chunked_loss import check_targets
 
 # %% ../../nbs/30_train.loss.ipynb #check-inputs
 def _check_inputs(logits:Tensor, targets:Tensor, ignore_index:int):
     "Raise `UserError` unless the shapes are (b, t, v) and (b, t), and the targets ids below v"
-    n_targets = tuple(getattr(targets, 'shape', ()))            # a list has none
-    if logits.ndim != 3 or logits.shape[:2] != n_targets:
-        shapes = f'{tuple(logits.shape)} and {n_targets}'
+    shape = tuple(getattr(targets, 'shape', ()))                # a list has none
+    if logits.ndim != 3 or logits.shape[:2] != shape:
+        shapes = f'{tuple(logits.shape)} and {shape}'
         raise UserError(f'logits (b, t, v) and targets (b, t) do not fit: {shapes}')
     check_targets(targets, logits.shape[2], ignore_index)
 
@@ -78,8 +78,7 @@ def zlib_bits_per_byte(texts:Iterable[str] # documents
                       )->float:
     """Bits per byte of `zlib` at its strongest, applied document by document. Raises `UserError` for no text,
     and for one in place of several"""
-    if isinstance(texts, (str, bytes)):
-        raise UserError('texts must be documents, such as [text], not one text')
+    check_texts(texts)
     packed = n_bytes = 0
     for data in (text.encode() for text in texts):
         packed += len(zlib.compress(data, 9))
