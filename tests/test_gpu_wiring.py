@@ -1,11 +1,13 @@
 """What a GPU would be told, recorded where there is none. Each test here fails if the mend of a finding of
 the audit in LOG.md is taken back."""
+import re
 from datetime import timedelta
 from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import run_ranks
 from test_attention import WHEEL, on_cpu                           # noqa: F401, a fixture is used by name
 from llama_nb.commands.data import Data, Ids
 from llama_nb.model import backends, kernels
@@ -82,6 +84,25 @@ def test_the_line_of_a_run_says_why_it_is_not_xformers(monkeypatch):
     assert packed.startswith('attention: xformers (')
     named = backends.backend_report('sdpa', torch.device('cuda:0'), BF16, 128)
     assert named.startswith('attention: sdpa (') and 'compute capability' not in named
+
+def attention_taken(path, odd:bool):
+    "What a run on several ranks takes and says; if `odd`, xformers passes its trial on rank 0 alone"
+    config, lines = load_run(path), []
+    key = 'xformers', 'cpu', torch.float32, config.model.head_dim, False
+    if odd and dist.get_rank() == 0: backends.TRIALS[key] = ''
+    opened = run.start_run(config, lines.append)
+    written = load_run(opened.out/'config.toml').train.attention
+    return {layer.attention.backend for layer in opened.model.layers}.pop(), written, lines
+
+@pytest.mark.parametrize('odd', [False, True])
+def test_all_ranks_take_the_same_attention(run_file, odd):
+    "Where `auto` would be two backends, all take PyTorch's own and the run says who stood out"
+    (first, written, lines), (other, _, silent) = run_ranks(
+        'test_gpu_wiring:attention_taken', 2, {'path': str(run_file(4)), 'odd': odd})
+    line, = (x for x in lines if x.startswith('attention: '))
+    assert first == other == ('sdpa' if odd else 'auto') and written == 'auto' and not silent
+    told = r'sdpa on all ranks; .*xformers .* on rank 0, sdpa .* on rank 1$' if odd else r'sdpa \(xformers'
+    assert re.match('attention: ' + told, line), line
 
 # --- what is kept ---------------------------------------------------------------------------------
 

@@ -222,11 +222,12 @@ def test_one_text_is_not_many(tmp_path):
         assert 'must be a string' in complaint(train_tokenizer, ['abc', wrong], tmp_path/'x.model', 300)
     assert list(tmp_path.iterdir()) == []
 
-def test_what_is_no_text_and_what_are_no_ids(tokenizer):
+def test_what_is_no_text_and_what_are_no_ids(tokenizer, tmp_path):
     for wrong in (None, b'abc', ['abc'], 3):
         for call in (tokenizer.encode, tokenizer.ids, tokenizer.pieces):
             assert 'must be a string' in complaint(call, wrong)
     for call in (tokenizer.encode, tokenizer.pieces): assert 'surrogate' in complaint(call, 'a\ud800')
+    assert 'surrogate' in complaint(train_tokenizer, ['abc', 'a\ud800'], tmp_path/'x.model', 300)
     ids = tokenizer.encode('a llama')
     for wrong in ('12', [300.9], torch.tensor([5.5]), torch.tensor([ids]), [None], ['5'], 12, None):
         assert 'whole numbers' in complaint(tokenizer.decode, wrong)

@@ -41,7 +41,13 @@ def training_lines(texts:Iterable[str],
                 yield line
 
 def _check_text(text):
+    "Raise `UserError` for lone surrogates, and for what is no text"
     if not isinstance(text, str): raise UserError(f'a text must be a string, not {text!r:.60}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f'the text has a lone surrogate, {text[e.start]!r}, at character {e.start}: '
+                        'it is no Unicode text; was its file decoded wrongly?') from None
 
 def _cut(line:bytes, longest:int)->Iterator[str]:
     "A line in parts of at most `longest` bytes, cut between characters"
@@ -78,15 +84,6 @@ def _open_model(path:Path, data:bytes): # a SentencePieceProcessor, or what has 
     raise UserError(f'{path} has no tokens <s> and </s> that begin and end a document; '
                     'make one with `llama-nb tokenizer`')
 
-def _check_unicode(text:str):
-    "Raise `UserError` for lone surrogates, and for what is no text"
-    _check_text(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f'the text has a lone surrogate, {text[e.start]!r}, at character {e.start}: '
-                        'it is no Unicode text; was its file decoded wrongly?') from None
-
 # %% ../../nbs/10_data.tokenizer.ipynb #read-model
 def _read_model(path)->bytes:
     "Raises `UserError`"
@@ -120,7 +117,7 @@ class Tokenizer:
 
     def ids(self, text:str, bos:bool=True, eos:bool=False)->Iterator[int]:
         "The ids of `encode` one by one, which of a long text are never all in memory"
-        _check_unicode(text)
+        _check_text(text)
         parts = [self._sp.encode(text)] if len(text) <= SHORT else self._in_parts(text)
         return chain([self.bos_id]*bos, chain.from_iterable(parts), [self.eos_id]*eos)
 
@@ -149,7 +146,7 @@ class Tokenizer:
 
     def pieces(self, text:str)->list[str]:
         "The pieces of `text`, to look at. Raises `UserError` as `encode`"
-        _check_unicode(text)
+        _check_text(text)
         return self._sp.encode(text, out_type=str)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #train

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from ..core import UserError, to_autocast
+from ..model import chunked_loss
 from ..model.chunked_loss import sum_over_chunks
 from ..model.norm import RMSNorm, rmsnorm
 from ..model.transformer import LLaMA
@@ -190,7 +191,8 @@ def parallel_loss_sum(hidden:Tensor,         # (b, t, d), or this rank's (b, t/n
                       ignore_index:int=-100, # targets with this value do not count
                      )->Tensor:              # scalar float32, the same on all ranks of the mesh
     """Summed next-token cross-entropy in nats of a model that `apply_tensor_parallel` has shared.
-    Raises `UserError` where the shapes do not fit"""
+    Raises `UserError` where the shapes do not fit, and as `check_targets` does"""
+    chunked_loss.check_targets(targets, len(weight), ignore_index)
     mesh, (b, t) = weight.device_mesh, targets.shape
     n = mesh.size()
     if hidden.shape[:2] not in ((b, t), (b, t//n)):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Trainer', 'attention_model', 'check_settings', 'device_memory', 'machine_memory', 'check_memory', 'open_data',
-           'open_folder', 'settle_dtype', 'dtype_line', 'compile_model', 'build_model', 'run_tensors', 'save', 'resume',
-           'begin', 'start_run', 'open_start']
+           'open_folder', 'settle_dtype', 'dtype_line', 'settle_attention', 'compile_model', 'build_model',
+           'run_tensors', 'save', 'resume', 'begin', 'start_run', 'open_start']
 
 # %% ../../nbs/67_train.run.ipynb #imports
 import os, socket
@@ -25,7 +25,7 @@ from ..files import write_atomic
 from ..model.backends import backend_report, pick_backend
 from ..model.transformer import LLaMA, empty_model
 from ..parallel.data import apply_data_parallel, materialize
-from ..parallel.mesh import data_rank, make_mesh, on_all_ranks, on_rank_zero
+from ..parallel.mesh import data_rank, from_all_ranks, make_mesh, on_all_ranks, on_rank_zero
 from ..parallel.mesh import rank_and_size, total
 from ..parallel.processes import start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
@@ -201,6 +201,22 @@ def dtype_line(asked:RunConfig,   # as in the run file
                 'of its own: correct, but slow')
     return f'train.dtype auto is {dtype} here' if asked.train.dtype == 'auto' else ''
 
+# %% ../../nbs/67_train.run.ipynb #settle-attention
+def settle_attention(config:RunConfig,
+                     device:torch.device,
+                    )->tuple[RunConfig, str]:
+    """`config`, and a line about its attention. Where `train.attention` is `auto` and the ranks would pick
+    different backends, all take `sdpa`. Raises `UserError` on all ranks if one cannot run it"""
+    name, model = config.train.attention, attention_model(config, device)
+    line = backend_report(name, device, *model)
+    picked = from_all_ranks((pick_backend(name, device, *model), line.removeprefix('attention: ')))
+    first, told = picked[0]
+    other = next((rank for rank, (backend, _) in enumerate(picked) if backend != first), None)
+    if other is None: return config, line
+    on_all_ranks(lambda: pick_backend('sdpa', device, *model))
+    line = f'attention: sdpa on all ranks; auto would be {told} on rank 0, {picked[other][1]} on rank {other}'
+    return replace(config, train=replace(config.train, attention='sdpa')), line
+
 # %% ../../nbs/67_train.run.ipynb #build-model
 def compile_model(model:LLaMA,
                   backend:str='inductor', # of the compiler
@@ -283,7 +299,9 @@ def start_run(config:RunConfig,
     _open_text(run)
     _find_start(run)
     for line in on_rank_zero(lambda: open_folder(run.config, run.loader.shards, run.start)): run.report(line)
+    run.config, attention = settle_attention(run.config, device)
     _say_how(run, config, (replicate, shard, tensor))
+    run.report(attention)
     keep, every = settled.train.keep, settled.train.keep_every
     run.saver = ckpt.Saver(run.out/'checkpoints', keep, every, limit, run.milestones)
     _open_model(run)
@@ -309,12 +327,10 @@ def _find_start(run:Trainer):
     run.loader.shift = run.config.data.shift
 
 def _say_how(run:Trainer, asked:RunConfig, layout:tuple[int, int, int]):
-    "What the run will do; a line about the type, if there is something to say, and one about attention"
+    "What the run will do; a line about the type, if there is something to say"
     for line in start_lines(run.config, run.loader, run.device, layout, run.peak): run.report(line)
     line = dtype_line(asked, run.config, run.device)
     if line: run.report(line)
-    model = attention_model(run.config, run.device)
-    run.report(backend_report(run.config.train.attention, run.device, *model))
 
 # %% ../../nbs/67_train.run.ipynb #open-text
 def _open_text(run:Trainer):
