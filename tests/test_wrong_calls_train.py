@@ -5,6 +5,8 @@ import pytest, torch, torch.distributed as dist
 from conftest import run_ranks
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
 from llama_nb.infer.generate import generate
@@ -213,3 +215,55 @@ def test_parts_are_those_that_are_there(tmp_path):
         with pytest.raises(CheckpointError, match=f'has no {name}; .*model, optimizer') as e:
             load_checkpoint(path, parts)
         assert '\n' not in str(e.value)
+
+# --- frozen weights -----------------------------------------------------------------------------
+
+def backward_flops(model)->int:
+    loss = forward_loss(model, TOKENS, TOKENS, torch.float32)
+    with FlopCounterMode(display=False) as counted: loss.backward()
+    return counted.get_total_flops()
+
+@pytest.mark.parametrize('way', [None, recompute_by_hand])
+def test_frozen_weights_cost_no_gradient(way):
+    "As many multiplications less as autograd saves on the plain formulas, and the same gradients"
+    plain, model = fresh(), fresh()
+    for layer in plain.layers: layer.feed_forward.lean = False
+    if way is not None:
+        for layer in model.layers: way(layer)
+    whole = backward_flops(plain) - backward_flops(model)
+    for m in (plain, model):
+        m.zero_grad()
+        for layer in m.layers:
+            for p in layer.feed_forward.parameters(): p.requires_grad_(False)
+    assert whole == backward_flops(plain) - backward_flops(model)
+    for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        assert (p.grad is None) == (q.grad is None) == (not p.requires_grad), name
+        if p.grad is not None: assert_close(q.grad, p.grad)
+
+# --- compiled models ----------------------------------------------------------------------------
+
+@pytest.fixture
+def twins():
+    "A model whose blocks are compiled, and one whose blocks are not"
+    torch._dynamo.reset()
+    model = fresh()
+    compiled(model)
+    yield model, fresh()
+    torch._dynamo.reset()
+
+def test_a_compiled_model_takes_texts_of_other_lengths(twins):
+    "From the second length on the compiler counts with symbols"
+    model, twin = twins
+    for b, t in ((2, 16), (2, 12), (4, 14), (1, 1)):
+        x, grads = torch.arange(b*t).view(b, t) % 64, []
+        for m in (model, twin):
+            m.zero_grad()
+            forward_loss(m, x, x, torch.float32).backward()
+            grads.append([p.grad for p in m.parameters()])
+        assert_close(*grads)
+
+def test_a_compiled_model_writes(twins):
+    "One key more with each token, in rows of unequal lengths: no graph for each"
+    model, twin = twins
+    prompts = [[1, 5, 7, 9], [1, 4], [1]]
+    assert generate(model, prompts, 12) == generate(twin, prompts, 12)

@@ -94,6 +94,12 @@ def forget_package():
     takes it away from the module that an earlier page has imported"""
     for name in [name for name in sys.modules if name.split('.')[0] == 'llama_nb']: del sys.modules[name]
 
+def forget_compiled():
+    """What a page has compiled ends before its namespace: the compiler keeps names there, which it takes out
+    when the code goes, and where they have gone already it shows a traceback"""
+    dynamo = sys.modules.get('torch._dynamo')
+    if dynamo is not None: dynamo.reset()
+
 def fork_ranks():
     "Let the package's `run_ranks` fork. Imports nothing that the pages do not import"
     tests = Path(__file__).resolve().parent.parent/'tests'
@@ -110,7 +116,10 @@ class PageShell(CaptureShell):
         fork_ranks()
         ran, stored = [], [cell.get('outputs', []) for cell in nb.cells]
         for cell in nb.cells: cell.outputs = []
-        super().run_all(nb, postproc=ran.append, **kwargs)
+        try:
+            super().run_all(nb, postproc=ran.append, **kwargs)
+        finally:
+            forget_compiled()
         found = []
         for cell in ran:
             varies = cell.directives_.get('varies')

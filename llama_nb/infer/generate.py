@@ -7,9 +7,10 @@ __all__ = ['KVCache', 'keep_top_p', 'keep_top_k', 'row_generators', 'pick_next',
            'generate_steps', 'generate', 'generate_batches', 'stream_text']
 
 # %% ../../nbs/33_infer.generate.ipynb #imports
-import hashlib, math, secrets
+import hashlib, math, secrets, sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 import torch
 from torch import Tensor
@@ -149,6 +150,11 @@ def check_request(model,                   # a LLaMA
                     f'max_seq_len {room}; ask for at most {max(room - longest, 0)}')
 
 # %% ../../nbs/33_infer.generate.ipynb #generate-steps
+def _uncompiled()->AbstractContextManager:
+    "Blocks run as they are written: compiled for training, they would be compiled anew for each further key"
+    if 'torch._dynamo' not in sys.modules: return nullcontext()         # nothing was compiled
+    return torch.compiler.set_stance('force_eager')
+
 @torch.inference_mode()
 def generate_steps(model,                   # a LLaMA
                    prompts:list[list[int]], # b rows of token ids, of any lengths, none empty
@@ -167,7 +173,7 @@ def generate_steps(model,                   # a LLaMA
     caches = [KVCache(tokens.shape[1] + max_new_tokens) for _ in model.layers]
     streams, ended = streams or row_generators(prompts, seed), [False]*len(prompts)
     for _ in range(max_new_tokens):
-        logits = model(tokens, positions, caches, visible)[:, -1]
+        with _uncompiled(): logits = model(tokens, positions, caches, visible)[:, -1]
         tokens = pick_next(logits, temperature, top_p, streams, top_k)[:, None]
         positions = positions[:, -1:] + 1
         if visible is not None: visible = torch.cat((visible, visible.new_ones(len(prompts), 1)), 1)

@@ -34,7 +34,8 @@ def gated_linear_backward(dy:Tensor,     # (..., d) gradient of the output
                           a:Tensor,      # (..., f)
                           c:Tensor,      # (..., f)
                           weight:Tensor, # (d, f)
-                         )->tuple[Tensor, Tensor, Tensor]: # gradients of a, c (..., f), weight (d, f)
+                          frozen:bool=False, # its gradient is not wanted
+                         )->tuple[Tensor, Tensor, Tensor|None]: # gradients of a, c (..., f), weight (d, f)
     "Backward pass of `gated_linear`"
     dm = dy@weight.to(dy.dtype)
     if torch.is_grad_enabled(): # a second derivative is wanted: operations that have one
@@ -45,6 +46,7 @@ def gated_linear_backward(dy:Tensor,     # (..., d) gradient of the output
         da, silu = dm*c, F.silu(a)
         torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)
         dc, m = dm.mul_(silu), silu.mul_(c)
+    if frozen: return da, dc, None
     dw = dy.flatten(0, -2).T@m.flatten(0, -2)
     return da, dc, dw.to(weight.dtype)
 
@@ -58,7 +60,8 @@ class _GatedLinear(torch.autograd.Function):
         return F.linear(m, weight.to(m.dtype)) # cast here: a cast by autocast would be recorded and returned
 
     @staticmethod
-    def backward(ctx, dy): return gated_linear_backward(dy, *ctx.saved_tensors)
+    def backward(ctx, dy):
+        return gated_linear_backward(dy, *ctx.saved_tensors, frozen=not ctx.needs_input_grad[2])
 
 _HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 

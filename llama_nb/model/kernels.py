@@ -189,7 +189,7 @@ def attend_sdpa(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k), (b, 
     t, s = q.shape[1], k.shape[1]
     documents = None if borders is None else document_numbers(borders, *q.shape[:2])
     plain = visible is None and borders is None
-    triangle = plain and t == s
+    triangle = True if plain and t == s else False      # no symbol, where a compiler has seen several lengths
     mask = None if triangle or plain and t == 1 else attention_mask(t, s, visible, q.device, documents)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle).transpose(1, 2)

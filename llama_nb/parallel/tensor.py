@@ -74,7 +74,7 @@ def _row_product_backward(ctx, dy):
         gathered = COLLECTIVES.all_gather_into_tensor(dy.contiguous(), n, group)
         dy, x = COLLECTIVES.wait_tensor(gathered), _stretches(x, n)
     dx = dy@weight
-    dweight = dy.flatten(0, 1).T@x.flatten(0, 1)
+    dweight = dy.flatten(0, 1).T@x.flatten(0, 1) if ctx.needs_input_grad[1] else None
     return _together(dx, n) if scatter else dx, dweight, None, None, None
 
 row_product.register_autograd(_row_product_backward, setup_context=_remember)

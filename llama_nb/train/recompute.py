@@ -176,13 +176,13 @@ def _written(block):
     return len(weights) == 9 and all(type(p) is nn.Parameter for p in weights)
 
 def _by_hand(block, plain, x, rotation, cache, visible, borders):
-    "By hand, or by selective checkpointing for a compiler and where there is a mask"
-    if visible is not None or torch.compiler.is_compiling():
-        return _selectively(block, plain, x, rotation, cache, visible, borders)
+    "By hand, or by selective checkpointing for a compiler, where there is a mask, where weights are frozen"
     at, ff = block.attention, block.feed_forward
     weights = (block.attention_norm.weight, at.wq.weight, at.wk.weight, at.wv.weight, at.wo.weight,
                block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
-    return _BlockFunction.apply(block, rotation, borders, x, *weights)
+    if visible is None and not torch.compiler.is_compiling() and all(w.requires_grad for w in weights):
+        return _BlockFunction.apply(block, rotation, borders, x, *weights)
+    return _selectively(block, plain, x, rotation, cache, visible, borders)
 
 def recompute_by_hand(block:nn.Module):
     """A backward pass written by hand (section 2.4), which keeps less than autograd. Raises `UserError` for
