@@ -11,6 +11,7 @@ from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
 from llama_nb.infer.generate import generate
 from llama_nb.model.transformer import LLaMA, init_weights
+from llama_nb.parallel.data import materialize
 from llama_nb.parallel.tensor import apply_tensor_parallel, finish_gradients
 from llama_nb.train.checkpoint import Saver, load_into, save_checkpoint
 from llama_nb.train.loss import loss_sum
@@ -267,3 +268,12 @@ def test_a_compiled_model_writes(twins):
     model, twin = twins
     prompts = [[1, 5, 7, 9], [1, 4], [1]]
     assert generate(model, prompts, 12) == generate(twin, prompts, 12)
+
+def test_first_numbers_ask_no_default_device():
+    "They are drawn on the CPU, also within `with torch.device('cuda')`"
+    weights = []
+    for device in ('cpu', 'meta'):
+        model = LLaMA(CONFIG)
+        with torch.device(device): materialize(model, 0, torch.device('cpu'))
+        weights.append(model.output.weight)
+    assert_close(*weights)

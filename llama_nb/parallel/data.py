@@ -49,7 +49,7 @@ def _draw(name:str, seed:int, block:int, shape)->Tensor: # standard normal, on t
     "Numbers that depend on nothing else"
     own = hashlib.sha256(f'{seed} {name} {block}'.encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(own, 'little'))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, device='cpu')        # whatever the default device is
 
 def _place(p:Tensor): # (rows, columns) of this rank's part, and where it begins
     if not isinstance(p, DTensor): return p.shape, (0, 0)
