@@ -164,7 +164,8 @@ def test_storage_that_fails_is_tried_again_a_bounded_number_of_times(slurm, subm
     """Rank 1 leaves with 75 and rank 0, which waits for it, is killed: what srun says of all is a kill, what
     the script does is to try again, twice"""
     program = slurm.folder/'storage'
-    program.write_text('#!/bin/bash\n[ "$RANK" = 1 ] && exit 75\nexec sleep 600\n')
+    # the look before the ranks begin has no rank, and finds nothing wrong
+    program.write_text('#!/bin/bash\n[ -z "$RANK" ] && exit\n[ "$RANK" = 1 ] && exit 75\nexec sleep 600\n')
     program.chmod(0o755)
     quick = slurm.folder/'quick.sbatch'  # the committed script, but for the minute that the others have
     quick.write_text((ROOT/'configs'/'train.sbatch').read_text().replace('--wait=60', '--wait=3'))
@@ -207,7 +208,8 @@ def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(
     assert ([f'attempt {i}: {RANKS} ranks' in said for i in range(4)] == [True, True, True, False]
             and 'saved before the time limit; again' in said and 'attempt 2: finished' in said)
     logs = (slurm.folder/'logs'/f'run-{job}').glob('*.log')
-    assert sorted(p.name for p in logs) == [f'{i}.log' for i in range(RANKS)]
+    ranks, attempts = [f'{i}.log' for i in range(RANKS)], [f'srun-{i}.log' for i in range(3)]
+    assert sorted(p.name for p in logs) == ranks + attempts
     own = (slurm.folder/'logs'/f'run-{job}'/'0.log').read_text()
     # it saved at both signals, and was not only killed
     assert own.count('stopped after step') == 2 == own.count('continuing')
