@@ -2,9 +2,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
-from conftest import run_ranks
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
 from llama_nb.infer.generate import KVCache
@@ -208,20 +206,3 @@ def test_positions_that_fit(model):
     with torch.no_grad():
         assert_close(model(TOKENS, PLACES), model(TOKENS))
         assert_close(model(TOKENS, places.int()), model(TOKENS, places.expand(2, 8)))
-
-# --- tensor ranks -------------------------------------------------------------------------------
-
-def shared_loss(targets):
-    "What two tensor ranks say to a loss with these targets"
-    from llama_nb.parallel.tensor import apply_tensor_parallel, parallel_loss_sum
-    model = LLaMA(CONFIG)
-    apply_tensor_parallel(model, init_device_mesh('cpu', (2,)), True)
-    try:
-        return parallel_loss_sum(model.hidden(TOKENS), model.output.weight, torch.tensor(targets)).item()
-    except UserError as e:
-        return str(e)
-
-def test_a_target_that_no_tensor_rank_has():
-    "Each rank has half of the vocabulary, and would leave it to the other"
-    for text in run_ranks('test_wrong_calls_model:shared_loss', 2, {'targets': [[64]*8]*2}):
-        assert text == 'targets must lie in 0..63, or be -100 where they do not count, not 64..64'

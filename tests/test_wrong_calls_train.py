@@ -147,6 +147,18 @@ def test_a_shared_model_gives_all_logits(sequence):
         for name in ('generated', 'odd') if sequence else ():
             assert 'sequence=False' in found[name] and '\n' not in found[name], found
 
+def shared_loss(targets):
+    model = share(True, 'none')
+    try:
+        return forward_loss(model, TOKENS, torch.tensor(targets)).item()
+    except UserError as e:
+        return str(e)
+
+def test_a_target_that_no_tensor_rank_has():
+    "Each rank has half of the vocabulary, and would leave it to the other"
+    for text in run_ranks('test_wrong_calls_train:shared_loss', 2, {'targets': [[64]*16]*2}):
+        assert text == 'targets must lie in 0..63, or be -100 where they do not count, not 64..64'
+
 # --- wrapped models ------------------------------------------------------------------------------
 
 class Wrapped(nn.Module):
@@ -217,6 +229,17 @@ def test_parts_are_those_that_are_there(tmp_path):
             load_checkpoint(path, parts)
         assert '\n' not in str(e.value)
 
+# --- first numbers ------------------------------------------------------------------------------
+
+def test_first_numbers_ask_no_default_device():
+    "They are drawn on the CPU, also within `with torch.device('cuda')`"
+    weights = []
+    for device in ('cpu', 'meta'):
+        model = LLaMA(CONFIG)
+        with torch.device(device): materialize(model, 0, torch.device('cpu'))
+        weights.append(model.output.weight)
+    assert_close(*weights)
+
 # --- frozen weights -----------------------------------------------------------------------------
 
 def backward_flops(model)->int:
@@ -268,12 +291,3 @@ def test_a_compiled_model_writes(twins):
     model, twin = twins
     prompts = [[1, 5, 7, 9], [1, 4], [1]]
     assert generate(model, prompts, 12) == generate(twin, prompts, 12)
-
-def test_first_numbers_ask_no_default_device():
-    "They are drawn on the CPU, also within `with torch.device('cuda')`"
-    weights = []
-    for device in ('cpu', 'meta'):
-        model = LLaMA(CONFIG)
-        with torch.device(device): materialize(model, 0, torch.device('cpu'))
-        weights.append(model.output.weight)
-    assert_close(*weights)
