@@ -172,9 +172,9 @@ def evaluate(model:LLaMA,
             )->Tensor:                # (2,) float64: sum of the loss in nats, number of targets, of the part
     "Loss over the text in `shards`, cut into windows that begin where the last one ended"
     device, sums = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
-    windows = _windows(shards, seq_len, limit, share)
-    for i in range(0, len(windows), batch_size):
-        rows = torch.stack(windows[i:i+batch_size])          # (b, t+1)
+    starts = _starts(shards, seq_len, limit, share)
+    for i in range(0, len(starts), batch_size):
+        rows = torch.stack([token_row(shards, start, seq_len) for start in starts[i:i+batch_size]])  # (b, t+1)
         x, y = rows[:, :-1].clamp(min=0), rows[:, 1:].to(device)
         borders = None if bos_id is None else batch_borders(x, len(x), bos_id)[0].to(device)
         loss = forward_loss(model, x.to(device), y, dtype, borders)
@@ -182,13 +182,13 @@ def evaluate(model:LLaMA,
     return sums
 
 # %% ../../nbs/66_train.trainer.ipynb #windows
-def _windows(shards:TokenShards, seq_len:int, limit:int, share:tuple[int, int])->list[Tensor]:
-    "The windows of one rank, (seq_len+1,) int64 each; as many for every rank"
+def _starts(shards:TokenShards, seq_len:int, limit:int, share:tuple[int, int])->list[int]:
+    "The tokens at which the windows of one rank begin; as many for every rank"
     rank, ranks = share
     starts = list(_spread(range(0, shards.n_tokens - 1, seq_len), limit))
     missing = -len(starts) % ranks
     starts += [shards.n_tokens]*missing                      # where the text ends: an empty row
-    return [token_row(shards, start, seq_len) for start in starts[rank::ranks]]
+    return starts[rank::ranks]
 
 def _spread(places:range, limit:int):
     "At most `limit` of `places`, as far apart as can be"
