@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['AXES', 'DTYPES', 'UserError', 'choose', 'check_count', 'check_texts', 'TemporaryError', 'is_temporary', 'write_line',
-           'pick_device', 'cpu_features', 'native_bfloat16', 'pick_dtype', 'to_autocast']
+           'pick_device', 'synchronizer', 'cpu_features', 'native_bfloat16', 'pick_dtype', 'to_autocast',
+           'autocast_device']
 
 # %% ../nbs/00_core.ipynb #imports
 import errno, sys
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
@@ -100,6 +103,15 @@ def pick_device(name:str='auto', # auto, cpu, cuda, cuda:1, mps
                         'counted from cuda:0')
     return torch.device(name)
 
+# %% ../nbs/00_core.ipynb #synchronizer
+def synchronizer(device # of the work; cpu, cuda, cuda:1, mps
+                )->Callable[[], None]:
+    "A function that waits until `device` has done what it was given; on a CPU it is done at once"
+    import torch
+    device = torch.device(device)
+    if device.type == 'cuda': return partial(torch.cuda.synchronize, device)
+    return torch.mps.synchronize if device.type == 'mps' else lambda: None
+
 # %% ../nbs/00_core.ipynb #cpu-features
 def cpu_features()->set[str]: # such as avx2, avx512_bf16; empty where it cannot be found out
     "Instruction sets of the processor, as PyTorch finds them, or Linux where PyTorch is too old to tell"
@@ -135,8 +147,12 @@ def pick_dtype(name:str,     # float32, bfloat16, or auto
 # %% ../nbs/00_core.ipynb #to-autocast
 def to_autocast(x:'torch.Tensor' # any shape
                )->'torch.Tensor':
-    "`x` in the type that autocast has set for its device; unchanged where autocast is off"
+    "`x` in the type that autocast has set for its device; unchanged in float64, and where autocast is off"
     import torch
     kind = x.device.type
-    on = kind != 'meta' and torch.is_autocast_enabled(kind)
+    on = kind != 'meta' and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if on else x
+
+def autocast_device(x:'torch.Tensor')->str:
+    "The kind of device of `x` as `torch.autocast` takes it; cpu for a meta tensor, which it does not know"
+    return 'cpu' if x.is_meta else x.device.type

@@ -13,7 +13,7 @@ from llama_nb.data.loader import Loader, permute, prefetch
 from llama_nb.data.mixture import Mixture, MixtureLoader, write_mixture
 from llama_nb.data.shards import TokenShards, write_shards
 from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
-from llama_nb.infer.generate import KVCache, generate, pick_next, row_generators
+from llama_nb.infer.generate import KVCache, generate, generate_batches, pick_next, row_generators
 from llama_nb.model.chunked_loss import chunked_loss_sum
 from llama_nb.model.transformer import LLaMA
 from llama_nb.settings import OptimConfig
@@ -101,7 +101,7 @@ class Constant(nn.Module):
         self.logits = nn.Parameter(torch.tensor(logits))
         self.layers, self.config = [], ModelConfig(8, 1, 2, vocab_size=len(logits), max_seq_len=16)
 
-    def forward(self, tokens, *args): return self.logits.expand(*tokens.shape, -1)
+    def forward(self, tokens, *args, only_last): return self.logits.expand(len(tokens), 1, -1)
 
 @pytest.mark.parametrize('settings', [{}, {'temperature': 1.}, {'temperature': .7, 'top_p': .5, 'top_k': 2}])
 def test_no_token_is_chosen_from_what_is_no_number(settings):
@@ -118,6 +118,18 @@ def test_temperatures():
     assert generate(model, [[1]], 3, temperature=1e-320) == [[1, 1, 1]]      # the smallest is nearly greedy
     picked = pick_next(torch.zeros(999, 3), 1e308, 1., row_generators([[i] for i in range(999)], 0))
     assert set(picked.tolist()) == {0, 1, 2}
+
+def test_ids_and_counts_are_looked_at_before_the_model_runs(monkeypatch):
+    "On a GPU nobody else does: `seen_range` answers there as it does here"
+    monkeypatch.setattr('llama_nb.model.transformer.seen_range', lambda *args: (0, 0))
+    model = LLaMA(ModelConfig(16, 2, 2, vocab_size=20, max_seq_len=32))
+    for ids in ([20], [1, -1], [2**70]):
+        assert 'token ids must lie in 0..19' in complaint(generate, model, [[1], ids], 3)
+    assert 'max_new_tokens must be a whole number' in complaint(generate, model, [[1]], 2.5)
+    assert 'top_k must be' in complaint(generate, model, [[1]], 3, temperature=1., top_k=2.5)
+    for size in (0, -1):
+        batches = generate_batches(model, [[1, 2]]*3, 3, batch_size=size)
+        assert 'batch_size must be a whole number above 0' in complaint(list, batches)
 
 @pytest.mark.parametrize('settings', [{}, {'temperature': 1., 'seed': 3}])
 def test_a_model_writes_whatever_the_default_device(settings):

@@ -142,12 +142,21 @@ def check_request(model,                   # a LLaMA
     if not 0 <= temperature < math.inf:
         raise UserError(f'temperature must be 0 (greedy) or more, and finite, not {temperature}')
     if not 0 < top_p <= 1: raise UserError(f'top_p must lie above 0 and be at most 1, not {top_p}')
-    if top_k < 0: raise UserError(f'top_k must be 0 (all tokens) or more, not {top_k}')
-    if max_new_tokens < 1: raise UserError(f'max_new_tokens must be at least 1, not {max_new_tokens}')
+    if not isinstance(top_k, Integral) or top_k < 0:
+        raise UserError(f'top_k must be 0 (all tokens) or a whole number above, not {top_k}')
+    check_count('max_new_tokens', max_new_tokens)
+    _check_ids(prompts, model.config.vocab_size)
     longest, room = max(map(len, prompts)), model.config.max_seq_len
     if longest + max_new_tokens <= room: return
     raise UserError(f'a prompt of {longest} tokens and {max_new_tokens} new ones are more than '
                     f'max_seq_len {room}; ask for at most {max(room - longest, 0)}')
+
+# %% ../../nbs/33_infer.generate.ipynb #check-ids
+def _check_ids(prompts:list[list[int]], vocab_size:int):
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if low < 0 or high >= vocab_size:
+        raise UserError(f'token ids must lie in 0..{vocab_size-1}, not {low}..{high}; '
+                        'was the text encoded by another tokenizer?')
 
 # %% ../../nbs/33_infer.generate.ipynb #generate-steps
 def _uncompiled()->AbstractContextManager:
@@ -173,7 +182,7 @@ def generate_steps(model,                   # a LLaMA
     caches = [KVCache(tokens.shape[1] + max_new_tokens) for _ in model.layers]
     streams, ended = streams or row_generators(prompts, seed), [False]*len(prompts)
     for _ in range(max_new_tokens):
-        with _uncompiled(): logits = model(tokens, positions, caches, visible)[:, -1]
+        with _uncompiled(): logits = model(tokens, positions, caches, visible, only_last=True)[:, -1]
         tokens = pick_next(logits, temperature, top_p, streams, top_k)[:, None]
         positions = positions[:, -1:] + 1
         if visible is not None: visible = torch.cat((visible, visible.new_ones(len(prompts), 1)), 1)
@@ -210,6 +219,7 @@ def generate_batches(model,                   # a LLaMA
                      batch_size:int=16,       # prompts in one batch
                     )->Iterator[list[list[int]]]: # new ids of the prompts of a batch
     "`generate`, some prompts at a time; the texts are the same. Raises `UserError` before the first batch"
+    check_count('batch_size', batch_size)
     if not prompts: return
     check_request(model, prompts, max_new_tokens, temperature, top_p, top_k)
     streams = row_generators(prompts, seed)

@@ -111,10 +111,10 @@ def check_attention(q:Tensor, k:Tensor, v:Tensor, visible:Tensor|None=None, bord
 # %% ../../nbs/40_model.kernels.ipynb #operator
 def _like(x:Tensor)->Tensor: return x.new_empty(x.shape)
 
-def _shapes(q, k, v, borders): # out (b, t, h, k); lse (b, h, t), of documents (1, h, b*t), float32
+def _shapes(q, k, v, borders): # out (b, t, h, k); lse (b, h, t), of documents (1, h, b*t), float32 or better
     b, t, h, _ = q.shape
     lse = (b, h, t) if borders is None else (1, h, b*t)
-    return _like(q), q.new_empty(lse, dtype=torch.float32)
+    return _like(q), q.new_empty(lse, dtype=torch.promote_types(q.dtype, torch.float32))
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
@@ -143,7 +143,8 @@ LOADED = {} # functions of libraries that are imported where a GPU is
 
 # %% ../../nbs/40_model.kernels.ipynb #documents
 def _stretches(borders:Tensor, *rows): # per document: where it is in the row, and its part of each of `rows`
-    rows = [x.flatten(0, 1).transpose(0, 1)[None] for x in rows]       # (b, t, h, k) -> (1, h, b*t, k)
+    # (b, t, h, k) -> (1, h, b*t, k); the kernels read k numbers one after the other, whatever the strides say
+    rows = [x.contiguous().flatten(0, 1).transpose(0, 1)[None] for x in rows]
     for begin, end in pairwise(borders.tolist()):
         if end > begin: yield slice(begin, end), [x[:, :, begin:end] for x in rows]
 
@@ -185,7 +186,8 @@ def attend_sdpa(q:Tensor, k:Tensor, v:Tensor, # (b, t, h, k), (b, s, h, k), (b, 
                 borders:Tensor|None=None,     # (n+1,) int32, of documents in the b*t tokens; then s = t
                )->Tensor:                     # (b, t, h, k)
     "Attention by `scaled_dot_product_attention`; of documents by its CPU kernels, one by one, or with a mask"
-    if borders is not None and visible is None and q.is_cpu: return _attend_documents(q, k, v, borders)[0]
+    if borders is not None and visible is None and q.is_cpu and q.numel():
+        return _attend_documents(q, k, v, borders)[0]
     t, s = q.shape[1], k.shape[1]
     documents = None if borders is None else document_numbers(borders, *q.shape[:2])
     plain = visible is None and borders is None

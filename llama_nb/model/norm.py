@@ -9,7 +9,7 @@ __all__ = ['inverse_rms', 'rmsnorm_backward', 'rmsnorm', 'RMSNorm']
 import math
 import torch
 from torch import Tensor, nn
-from ..core import UserError
+from ..core import UserError, autocast_device
 
 # %% ../../nbs/20_model.norm.ipynb #inverse-rms
 def inverse_rms(x:Tensor, # (..., d)
@@ -17,7 +17,7 @@ def inverse_rms(x:Tensor, # (..., d)
                )->Tensor: # (..., 1), float32, or float64 for such an x
     "1/RMS of the vectors in `x`"
     wide = x if x.dtype == torch.float64 else x.float()
-    with torch.autocast(x.device.type, enabled=False): # it would take vecdot for a matmul, and use bfloat16
+    with torch.autocast(autocast_device(x), enabled=False): # it would take vecdot for a matmul, in bfloat16
         mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)/x.shape[-1]
         return torch.rsqrt(mean_square + eps)
 
@@ -26,32 +26,37 @@ def rmsnorm_backward(dn:Tensor,     # (..., d) gradient of the output
                      x:Tensor,      # (..., d) input
                      weight:Tensor, # (d,)
                      eps:float,     # added to the mean square
-                    )->tuple[Tensor, Tensor]: # gradient of x (..., d), and of the weight (d,), in their types
+                     frozen:bool=False, # the gradient of the weight is not wanted
+                    )->tuple[Tensor, Tensor|None]: # gradient of x (..., d), and of weight (d,), in their types
     "Backward pass of RMSNorm, in float32 or better"
     r = inverse_rms(x, eps)
     hat = x*r
     dn = dn.to(r.dtype)
-    product = dn*hat
     direct = dn*weight
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_device(x), enabled=False):
         mean = torch.linalg.vecdot(direct, hat).unsqueeze(-1)/x.shape[-1]
-    dx = torch.addcmul(direct, hat, mean, value=-1).mul_(r)
-    tokens = list(range(x.ndim - 1))
-    return dx.to(x.dtype), product.sum(tokens).to(weight.dtype)
+    dx = torch.addcmul(direct, hat, mean, value=-1).mul_(r).to(x.dtype)
+    if frozen: return dx, None
+    dg, tokens = dn*hat, list(range(x.ndim - 1))
+    if tokens: dg = dg.sum(tokens)
+    return dx, dg.to(weight.dtype)
 
 # %% ../../nbs/20_model.norm.ipynb #rmsnorm
 class _Normalise(torch.autograd.Function):
     "x/RMS(x)*weight, with the backward pass above"
+    generate_vmap_rule = True                               # for `torch.func`
+
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(x, weight, eps): return (x*inverse_rms(x, eps)).to(x.dtype)*weight.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, ctx.eps = inputs
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return (x*inverse_rms(x, eps)).to(x.dtype)*weight.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dn):
-        x, weight = ctx.saved_tensors
-        return *rmsnorm_backward(dn, x, weight, ctx.eps), None
+        return *rmsnorm_backward(dn, *ctx.saved_tensors, ctx.eps, not ctx.needs_input_grad[1]), None
 
 def rmsnorm(x:Tensor,      # (..., d)
             weight:Tensor, # (d,)

@@ -20,7 +20,7 @@ def frequencies(k:int,               # head width, even
     if not isinstance(k, Integral) or k < 2 or k % 2:
         raise UserError('rotary embedding turns pairs of coordinates, '
                         f'so the head width must be even, not {k!r}')
-    return theta**(-torch.arange(0, k, 2, dtype=torch.float64)/k)
+    return theta**(-torch.arange(0, k, 2, dtype=torch.float64, device='cpu')/k)
 
 # %% ../../nbs/21_model.rope.ipynb #rotation-table
 def rotation_table(k:int,               # head width
@@ -29,7 +29,9 @@ def rotation_table(k:int,               # head width
                    device=None,
                   )->Tensor:            # (length, k/2) complex64, all of absolute value 1
     "Rotations e^(i m theta_j) of every position and pair (Su et al. 2021, equation 15)"
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies(k, theta))
+    # on the CPU whatever the default device is: not every one has float64
+    places = torch.arange(length, dtype=torch.float64, device='cpu')
+    angles = torch.outer(places, frequencies(k, theta))
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
 # %% ../../nbs/21_model.rope.ipynb #apply-rotary

@@ -18,6 +18,7 @@ from .ffn import FeedForward
 from .kernels import check_borders, document_numbers
 from .norm import RMSNorm
 from .rope import rotation_table
+from ..private import is_transformed
 
 # %% ../../nbs/24_model.transformer.ipynb #block
 class TransformerBlock(nn.Module):
@@ -87,10 +88,12 @@ class LLaMA(nn.Module):
                 cache:list|None=None,       # one KV cache per layer, for generation
                 visible:Tensor|None=None,   # (b, s) bool, keys that may be looked at; all if None
                 borders:Tensor|None=None,   # (n+1,) int32, of documents that must not see another
-               )->Tensor:                   # (b, t, v) logits
+                only_last:bool=False,       # logits of the last position only, for generation
+               )->Tensor:                   # (b, t, v) logits; (b, 1, v) of the last position
         """Token ids (b, t) -> logits (b, t, v), those at position i for the token at i + 1.
         Raises `UserError` for wrong ids and for texts beyond `max_seq_len`"""
-        return self.output(self.hidden(tokens, positions, cache, visible, borders))
+        stream = self.hidden(tokens, positions, cache, visible, borders)
+        return self.output(stream[:, -1:] if only_last else stream)
 
     def hidden(self, tokens:Tensor, positions:Tensor|None=None, cache:list|None=None,
                visible:Tensor|None=None, borders:Tensor|None=None)->Tensor: # (b, t, d)
@@ -112,9 +115,10 @@ class LLaMA(nn.Module):
     @torch.inference_mode(False)       # the table may be made while generating and used while training
     def rotations(self, device)->Tensor: # (max_seq_len, k/2) complex64
         "The rotation of every position, made at the first use on a device"
-        c = self.config
-        if self._rotations is None or self._rotations.device != device:
-            self._rotations = rotation_table(c.head_dim, c.max_seq_len, c.rope_theta, device)
+        c, there = self.config, self._rotations
+        like = torch.empty(0, device=device)                # real or fake, and on cuda:0 if device is 'cuda'
+        if there is None or there.device != like.device or type(there) is not type(like):
+            self._rotations = rotation_table(c.head_dim, c.max_seq_len, c.rope_theta, like.device)
         return self._rotations
 
 # %% ../../nbs/24_model.transformer.ipynb #checks
@@ -122,8 +126,9 @@ def seen_range(numbers:Tensor,        # integers
                ignored:int|None=None, # counts as 0
               )->tuple[int, int]:     # 0 and 0 where they are not looked at
     """The lowest and the highest. They are looked at on a CPU only, and not within a graph of the compiler,
-    which it would cut in two"""
+    which it would cut in two, nor where there is none to see: in fake tensors, in transforms of `torch.func`"""
     if not numbers.is_cpu or torch.compiler.is_compiling() or not numbers.numel(): return 0, 0
+    if type(numbers) is not Tensor or is_transformed(numbers): return 0, 0
     if ignored is not None: numbers = numbers.where(numbers != ignored, 0)
     low, high = numbers.aminmax()
     return low.item(), high.item()

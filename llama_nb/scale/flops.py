@@ -11,7 +11,7 @@ import re, time
 from dataclasses import dataclass
 import torch
 from ..config import ModelConfig
-from ..core import UserError, choose
+from ..core import UserError, choose, synchronizer
 
 # %% ../../nbs/43_scale.flops.ipynb #conventions
 def _blocks(c): return c.n_params - 2*c.vocab_size*c.dim
@@ -103,7 +103,7 @@ def measure_matmul_peak(shapes:list[tuple[int, int, int]], # (rows, inner, colum
                        )->Peak:
     "The rate of a device in the matrix multiplications of linear layers, forward and backward, alone"
     device = torch.device(device)
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    wait = synchronizer(device)
     runs = {shape: three_matmuls(*shape, dtype, device) for shape in set(shapes)}
     best = dict.fromkeys(runs, float('inf'))
     for _ in range(turns):

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import tomli_w, torch
 from ..config import PRESETS
-from ..core import UserError, choose, pick_device, pick_dtype
+from ..core import UserError, choose, pick_device, pick_dtype, synchronizer
 from ..data.mixture import open_tokens
 from ..files import write_atomic
 from ..run_file import batch_for
@@ -164,7 +164,7 @@ class Timing:
 
 def _median_seconds(function, device:torch.device, limit:float, most:int=5)->tuple[float, int]: # and turns
     "Of up to `most` turns, within about `limit` seconds"
-    wait = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(device.type, lambda: None)
+    wait = synchronizer(device)
     times = []
     wait()
     while len(times) < most and sum(times) < limit:

@@ -13,10 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from ..core import UserError, choose
+from ..core import UserError, autocast_device, choose
+from ..model.attention import Attention
 from ..model.backends import attend
-from ..model.ffn import gated_linear, gated_linear_backward
-from ..model.norm import rmsnorm_backward
+from ..model.ffn import (FeedForward, gated_linear, gated_linear_backward, only_multiplies,
+                                runs_as_written)
+from ..model.norm import RMSNorm, rmsnorm_backward
 from ..model.rope import apply_rotary
 from ..private import compiler_with_budget
 
@@ -166,7 +168,7 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        with torch.autocast(dy.device.type, enabled=False): gradients = _block_backward(ctx, dy)
+        with torch.autocast(autocast_device(dy), enabled=False): gradients = _block_backward(ctx, dy)
         return None, None, None, *gradients
 
 # %% ../../nbs/42_train.recompute.ipynb #by-hand
@@ -175,13 +177,25 @@ def _written(block):
     weights = list(block.parameters())
     return len(weights) == 9 and all(type(p) is nn.Parameter for p in weights)
 
-def _by_hand(block, plain, x, rotation, cache, visible, borders):
-    "By hand, or by selective checkpointing for a compiler, where there is a mask, where weights are frozen"
+def _unchanged(block):
+    "Whether the parts of the block compute what is written down here: no hooks, no other layers"
     at, ff = block.attention, block.feed_forward
-    weights = (block.attention_norm.weight, at.wq.weight, at.wk.weight, at.wv.weight, at.wo.weight,
-               block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
-    if visible is None and not torch.compiler.is_compiling() and all(w.requires_grad for w in weights):
-        return _BlockFunction.apply(block, rotation, borders, x, *weights)
+    parts = {Attention: [at], FeedForward: [ff], RMSNorm: [block.attention_norm, block.ffn_norm]}
+    if not all(runs_as_written(part, kind) for kind, these in parts.items() for part in these): return False
+    return all(map(only_multiplies, (at.wq, at.wk, at.wv, at.wo, ff.w1, ff.w2, ff.w3)))
+
+def _weights(block):
+    at, ff = block.attention, block.feed_forward
+    return (block.attention_norm.weight, at.wq.weight, at.wk.weight, at.wv.weight, at.wo.weight,
+            block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
+
+def _by_hand(block, plain, x, rotation, cache, visible, borders):
+    """By hand, or by selective checkpointing: for a compiler, where there is a mask, where weights are frozen,
+    where parts do something else"""
+    if visible is None and not torch.compiler.is_compiling() and _unchanged(block):
+        weights = _weights(block)
+        if all(w.requires_grad for w in weights):
+            return _BlockFunction.apply(block, rotation, borders, x, *weights)
     return _selectively(block, plain, x, rotation, cache, visible, borders)
 
 def recompute_by_hand(block:nn.Module):
@@ -195,7 +209,7 @@ def recompute_by_hand(block:nn.Module):
 # %% ../../nbs/42_train.recompute.ipynb #linear
 def recompute_linear(block:nn.Module):
     """Keep the outputs of linear layers (section 2.4) and of attention: by hand, or by selective
-    checkpointing where the block is compiled, has a mask, or ranks share its matrix multiplications"""
+    checkpointing where the block is compiled, has a mask, has been changed, or where ranks share it"""
     _wrap(block, _by_hand if _written(block) else _selectively)
 
 # %% ../../nbs/42_train.recompute.ipynb #budget
