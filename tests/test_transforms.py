@@ -143,7 +143,7 @@ def test_a_gate_in_float32_under_autocast():
         x = a.clone().requires_grad_()
         with torch.autocast('cpu', torch.bfloat16): out = network(x)
         results.append(torch.autograd.grad(out.float().square().sum(), (x, network.w2.weight)))
-    for mine, theirs in zip(*results): assert_close(mine, theirs, rtol=2**-6, atol=2**-6) # 8 bits, some places
+    for mine, theirs in zip(*results): assert_close(mine, theirs, rtol=2**-6, atol=2**-6) # 8 bits
 
 # the same numbers at other places of memory
 STRIDES = {'columns first': lambda x: x.mT.contiguous().mT,

@@ -27,7 +27,7 @@ def rmsnorm_backward(dn:Tensor,     # (..., d) gradient of the output
                      weight:Tensor, # (d,)
                      eps:float,     # added to the mean square
                      frozen:bool=False, # the gradient of the weight is not wanted
-                    )->tuple[Tensor, Tensor|None]: # gradient of x (..., d), and of weight (d,), in their types
+                    )->tuple[Tensor, Tensor|None]: # gradients of x (..., d) and weight (d,), in their types
     "Backward pass of RMSNorm, in float32 or better"
     r = inverse_rms(x, eps)
     hat = x*r

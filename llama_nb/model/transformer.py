@@ -126,7 +126,7 @@ def seen_range(numbers:Tensor,        # integers
                ignored:int|None=None, # counts as 0
               )->tuple[int, int]:     # 0 and 0 where they are not looked at
     """The lowest and the highest. They are looked at on a CPU only, and not within a graph of the compiler,
-    which it would cut in two, nor where there is none to see: in fake tensors, in transforms of `torch.func`"""
+    which it would cut in two, nor where there is none: fake tensors, transforms of `torch.func`"""
     if not numbers.is_cpu or torch.compiler.is_compiling() or not numbers.numel(): return 0, 0
     if type(numbers) is not Tensor or is_transformed(numbers): return 0, 0
     if ignored is not None: numbers = numbers.where(numbers != ignored, 0)

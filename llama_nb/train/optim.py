@@ -39,7 +39,7 @@ def clip_grad_norm(parameters:Iterable[nn.Parameter],
     """Scale all gradients by one factor, so that their common norm is at most `max_norm`.
     Pascanu et al. (2013). Raises `UserError` for a limit that is not positive"""
     if not max_norm > 0:
-        raise UserError(f'max_grad_norm must be above 0, not {max_norm}; a huge one, such as 1e38, does not clip')
+        raise UserError(f'max_grad_norm must be above 0, not {max_norm}; 1e38 is as good as no clipping')
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     sharded = hasattr(norm, 'full_tensor')                  # then each rank has a part of the sum
     return norm.full_tensor() if sharded else norm

@@ -190,8 +190,8 @@ def _weights(block):
             block.ffn_norm.weight, ff.w1.weight, ff.w2.weight, ff.w3.weight)
 
 def _by_hand(block, plain, x, rotation, cache, visible, borders):
-    """By hand, or by selective checkpointing: for a compiler, where there is a mask, where weights are frozen,
-    where parts do something else"""
+    """By hand, or by selective checkpointing: for a compiler, where there is a mask, where weights are
+    frozen, where parts do something else"""
     if visible is None and not torch.compiler.is_compiling() and _unchanged(block):
         weights = _weights(block)
         if all(w.requires_grad for w in weights):

@@ -174,7 +174,7 @@ def evaluate(model:LLaMA,
     device, sums = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
     starts = _starts(shards, seq_len, limit, share)
     for i in range(0, len(starts), batch_size):
-        rows = torch.stack([token_row(shards, start, seq_len) for start in starts[i:i+batch_size]])  # (b, t+1)
+        rows = torch.stack([token_row(shards, start, seq_len) for start in starts[i:i+batch_size]])
         x, y = rows[:, :-1].clamp(min=0), rows[:, 1:].to(device)
         borders = None if bos_id is None else batch_borders(x, len(x), bos_id)[0].to(device)
         loss = forward_loss(model, x.to(device), y, dtype, borders)
