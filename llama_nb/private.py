@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIVES', 'cpu_attention', 'cpu_attention_backward', 'onednn_linear', 'has_onednn_linear', 'cpu_keys',
-           'constant_in_graphs', 'is_transformed', 'compiler_with_budget', 'send_while_multiplying',
+           'constant_in_graphs', 'within_transform', 'compiler_with_budget', 'send_while_multiplying',
            'set_group_timeout', 'local_box', 'is_strided', 'OperatorMode', 'fake_ranks', 'fake_tensors',
            'dtensor_plans_in', 'equal_plans_once', 'group_name', 'skip_where', 'xformers_borders',
            'xformers_has_kernels']
@@ -53,9 +53,9 @@ def constant_in_graphs(function:Callable)->Callable: # the same function, marked
     function._dynamo_marked_constant = True
     return function
 
-def is_transformed(x:torch.Tensor)->bool:
-    "Whether it belongs to a transform of `torch.func`: under `vmap` its numbers cannot be looked at"
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+def within_transform()->bool:
+    "Whether this runs under `grad`, `vmap` or another transform of `torch.func`; not for traced code"
+    return torch._C._are_functorch_transforms_active()
 
 def compiler_with_budget(backend:str,  # of `torch.compile`
                          budget:float, # 0: keep a graph's inputs, 1: keep what the compiler keeps by itself

@@ -9,6 +9,7 @@ __all__ = ['FeedForward', 'gated_linear_backward', 'runs_as_written', 'only_mult
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..private import within_transform
 
 # %% ../../nbs/22_model.ffn.ipynb #feed-forward
 class FeedForward(nn.Module):
@@ -53,15 +54,11 @@ def gated_linear_backward(dy:Tensor,     # (..., d) gradient of the output
 # %% ../../nbs/22_model.ffn.ipynb #gated-linear
 class _GatedLinear(torch.autograd.Function):
     "(silu(a)*c) W^T, with the backward pass above"
-    generate_vmap_rule = True                               # for `torch.func`
-
     @staticmethod
-    def forward(a, c, weight):
+    def forward(ctx, a, c, weight):
+        ctx.save_for_backward(a, c, weight)
         m = F.silu(a).mul_(c)
         return F.linear(m, weight.to(m.dtype)) # cast here: a cast by autocast would be recorded and returned
-
-    @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, dy):
@@ -85,5 +82,5 @@ def gated_linear(a:Tensor,         # (..., f) the gate
                  lean:bool=True,   # keep `a` and `c` only for the backward pass, if `linear` only multiplies
                 )->Tensor:         # (..., d)
     "linear(silu(a)*c) (Shazeer 2020, equation 6)"
-    plain = not lean or torch.compiler.is_compiling() or not only_multiplies(linear)
+    plain = not lean or torch.compiler.is_compiling() or within_transform() or not only_multiplies(linear)
     return linear(F.silu(a)*c) if plain else _GatedLinear.apply(a, c, linear.weight)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 from ..core import UserError, autocast_device
+from ..private import within_transform
 
 # %% ../../nbs/20_model.norm.ipynb #inverse-rms
 def inverse_rms(x:Tensor, # (..., d)
@@ -42,17 +43,15 @@ def rmsnorm_backward(dn:Tensor,     # (..., d) gradient of the output
     return dx, dg.to(weight.dtype)
 
 # %% ../../nbs/20_model.norm.ipynb #rmsnorm
+def _normalise(x, weight, eps): return (x*inverse_rms(x, eps)).to(x.dtype)*weight.to(x.dtype)
+
 class _Normalise(torch.autograd.Function):
     "x/RMS(x)*weight, with the backward pass above"
-    generate_vmap_rule = True                               # for `torch.func`
-
     @staticmethod
-    def forward(x, weight, eps): return (x*inverse_rms(x, eps)).to(x.dtype)*weight.to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, ctx.eps = inputs
+    def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _normalise(x, weight, eps)
 
     @staticmethod
     def backward(ctx, dn):
@@ -66,7 +65,8 @@ def rmsnorm(x:Tensor,      # (..., d)
     if x.shape[-1:] != weight.shape or not x.is_floating_point():
         raise UserError(f'RMSNorm needs floating-point numbers (..., {len(weight)}), '
                         f'not {x.dtype} {tuple(x.shape)}')
-    return _Normalise.apply(x, weight, eps)
+    by_hand = torch.compiler.is_compiling() or not within_transform()
+    return (_Normalise.apply if by_hand else _normalise)(x, weight, eps)
 
 # %% ../../nbs/20_model.norm.ipynb #rmsnorm-module
 class RMSNorm(nn.Module):

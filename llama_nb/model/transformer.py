@@ -18,7 +18,7 @@ from .ffn import FeedForward
 from .kernels import check_borders, document_numbers
 from .norm import RMSNorm
 from .rope import rotation_table
-from ..private import is_transformed
+from ..private import within_transform
 
 # %% ../../nbs/24_model.transformer.ipynb #block
 class TransformerBlock(nn.Module):
@@ -128,7 +128,7 @@ def seen_range(numbers:Tensor,        # integers
     """The lowest and the highest. They are looked at on a CPU only, and not within a graph of the compiler,
     which it would cut in two, nor where there is none: fake tensors, transforms of `torch.func`"""
     if not numbers.is_cpu or torch.compiler.is_compiling() or not numbers.numel(): return 0, 0
-    if type(numbers) is not Tensor or is_transformed(numbers): return 0, 0
+    if type(numbers) is not Tensor or within_transform(): return 0, 0
     if ignored is not None: numbers = numbers.where(numbers != ignored, 0)
     low, high = numbers.aminmax()
     return low.item(), high.item()
