@@ -1,5 +1,5 @@
 "A plan: what divides, what is fastest, what is said of it; and one clear line for every mistake."
-import itertools, json, random
+import itertools, json, random, re
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -157,6 +157,26 @@ def test_a_plan_agrees_with_itself():
     assert cool['step']['seconds'] > p['step']['seconds']
     assert cool['run']['energy_mwh'] < p['run']['energy_mwh']
 
+def test_replicas_share_the_writing_of_a_checkpoint():
+    "What a save of all ranks copies is the state, once, at 10 GB per second from each"
+    run, cluster = model_run('13B'), Cluster(A100, 1024)
+    for replicate in (1, 8, 128):
+        p = plan(laid_out(run, replicate, 1024//replicate, 1, 2, 'full'), cluster)
+        copied = p['checkpoint']['pause_seconds']*1024*10e9
+        assert copied == pytest.approx(p['checkpoint']['bytes']) == pytest.approx(12*run.model.n_params)
+        assert 1710 < p['checkpoint']['interval_seconds'] < 1721
+
+@pytest.mark.parametrize('tokens, gpus', [('20B', 1), ('20B', 8), ('400M', 1), ('5M', 8)])
+def test_an_interval_is_hours_at_most_and_a_tenth_of_the_run(ask, tmp_path, tokens, gpus):
+    "Failures are rare on one GPU: the longest interval that loses half a percent was longer than the run"
+    path = tmp_path/'best.toml'
+    cluster = ['--gpus', gpus, '--gpu', 'H200']
+    code, out, _ = ask('--model', '1.3B', '--tokens', tokens, *cluster, '--suggest', path, '--json')
+    facts = json.loads(out)
+    steps, seconds = facts['checkpoint']['interval_steps'], facts['checkpoint']['interval_seconds']
+    assert code == 0 and 1 <= steps <= max(1, facts['run']['steps']//10) and seconds <= 3*3600
+    assert load_run(path).train.save_every == steps
+
 def test_every_line_names_a_section_that_exists():
     p = plan(load_run(ROOT/'configs'/'7B.toml'), Cluster(A100, 512))
     lines = [line for line in report(p).splitlines() if line.startswith('  ')]
@@ -167,6 +187,20 @@ def test_every_line_names_a_section_that_exists():
         lines = [line for c in cells if c['cell_type'] == 'markdown' for line in c['source']]
         heads = [line.strip('# \n') for line in lines if line.startswith('#')]
         assert section in heads, (page, section)
+
+SAYS = {'batch': 'batch', 'weights': 'weights', "AdamW's moments": 'moments',
+        'attention': 'attention', 'element-wise': 'reads and writes', 'loss': 'loss', 'optimizer': 'AdamW',
+        'MFU': 'MFU', 'goodput': 'goodput', 'energy': 'power', 'carbon': 'tCO2eq'}
+
+@pytest.mark.parametrize('label', SAYS)
+def test_the_section_that_a_line_names_speaks_of_it(label):
+    text = report(plan(load_run(ROOT/'configs'/'7B.toml'), Cluster(A100, 512)))
+    line = next(line for line in text.splitlines() if line.startswith(f'  {label} '))
+    page, section = line.rsplit('  ', 1)[1].strip('"').split(', "')
+    cells = json.loads((ROOT/'nbs'/f'{page}.ipynb').read_text(encoding='utf-8'))['cells']
+    prose = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    part = re.split(r'(?m)^##+ ', prose.split(f'# {section}\n')[1])[0]
+    assert SAYS[label].lower() in part.lower()
 
 def test_a_run_file_keeps_its_layout_and_flags_change_it(ask):
     path = ROOT/'configs'/'65B.toml'
@@ -236,6 +270,7 @@ MISTAKES = {
     'unknown GPU': ([*MODEL, '--gpu', 'A100-80G'], "did you mean 'A100-80GB'"),
     'unknown stack': ([*MODEL, '--stack', 'megatron-core'], "did you mean 'megatron'"),
     'unknown mode': ([*MODEL, '--recompute', 'ful'], "did you mean 'full'"),
+    'watts': ([*MODEL, '--watts', '401'], 'watts must be at most 400, as in the data sheet of A100-80GB'),
     'unknown flag': ([*MODEL, '--gpu-per-node', '8'], "did you mean 'gpus_per_node'"),
     'no run file': ([README], 'is not a TOML file'),
     'missing': (['none.toml'], 'cannot read none.toml'),
@@ -263,7 +298,9 @@ for option in ('tokens', 'batch-tokens'):
 for option in ('gpus', 'seq-len', 'gpus-per-node', 'tensor', 'micro-batch'):
     for value in ('-1', 'nan', '1.5', 'x', '1e3', str(2**40)):
         MISTAKES[f'{option} {value}'] = ([*MODEL, f'--{option}', value], option.replace('-', '_'))
-for option in ('network', 'storage', 'pue', 'carbon', 'watts', 'restart-minutes', 'gpu-hours-per-failure'):
+POSITIVE = ('network', 'storage', 'host-copy', 'pue', 'carbon', 'watts', 'restart-minutes',
+            'gpu-hours-per-failure')
+for option in POSITIVE:
     for value in ('-1', 'nan', 'inf', 'x', '-0.0'):
         MISTAKES[f'{option} {value}'] = ([*MODEL, f'--{option}', value], option.replace('-', '_'))
 

@@ -263,6 +263,7 @@ class PlanCommand:
     gpu_hours_per_failure:float=45_000.               # the middle one of five published rates
     restart_minutes:float=setting(15., zero=True)     # from a failure to the next step
     storage:float=20.                # GB per second that the file system takes
+    host_copy:float=10.              # GB per second from each GPU's memory to its host
     pue:float=setting(1.1, min=1)    # power usage effectiveness of the building
     carbon:float=setting(.385, zero=True)             # kg of CO2 per kWh
     figure:FileName=''               # file to draw into: .png, .svg or .pdf

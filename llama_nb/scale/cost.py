@@ -40,7 +40,8 @@ class FailureRate:
         return self.failures/self.gpu_hours
 
 FAILURE_RATES = {
-    'OPT-175B': FailureRate(35 + 70, 992*24*61, 'restarts for hardware', 'Zhang et al. 2022, 2.5'),
+    'OPT-175B': FailureRate(35 + 70, 992*24*61, 'restarts for hardware, at least: 35 by hand, 70 estimated',
+                            'Zhang et al. 2022, 2.5'),
     'RSC-1': FailureRate(6.50, 1000*24*8, 'failures of machines of 8 A100s', 'Kokolis et al. 2024'),
     'BLOOM-176B': FailureRate(1.5, 400*24*7, 'GPUs, 1 to 2 per week of 400', 'Bekman 2022, BLOOM Training'),
     'Llama 3 405B': FailureRate(419, 16_384*24*54, 'unexpected interruptions', 'Dubey et al. 2024, 3.3.4'),
