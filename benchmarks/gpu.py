@@ -6,8 +6,9 @@
 
 Each part is a process of its own with a time limit; its rows are written as they come, to
 FOLDER/DEVICE/results.json and results.md. A part that fails, hangs or is killed is recorded with its last
-lines, and the next one goes on. Called again, it goes on with the parts that are not done. Without a GPU the
-parts that make sense run in miniature, and the tables say what was skipped.
+lines, and the next one goes on. Called again, it goes on with the parts that are not done. The limits are
+those of a machine with an H200; on a slower one give more time with --patience. Without a GPU the parts that
+make sense run in miniature, and the tables say what was skipped.
 """
 import argparse, importlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import deque
@@ -30,16 +31,16 @@ PARTS = {
                         120,
                         'gpu_parts:environment'),
     'tests':       Part('tests/gpu_cuda.py', 90, 'gpu_parts:tests'),
-    'graphs':      Part('one block as wide as that of 7B: graphs and graph breaks', 210, 'gpu_parts:graphs'),
+    'graphs':      Part('one block as wide as that of 7B: graphs and graph breaks', 270, 'gpu_parts:graphs'),
     'sync':        Part('steps in which the host may not wait for the device; a skipped step', 120,
                         'gpu_parts:sync'),
-    'parity':      Part('gradients against float32 on the CPU', 120, 'gpu_parts:parity'),
+    'parity':      Part('gradients against float32 on the CPU', 180, 'gpu_parts:parity'),
     'step':        Part('a training step of 1.3B parameters beside transformers', 230, 'gpu_step:step'),
     'step_7B':     Part('a training step of 7B, or of as many of its layers as fit', 240, 'gpu_step:step_7B'),
     'profile':     Part('where the time of a step goes', 60, 'gpu_step:profile'),
     'memory':      Part('bytes that a block keeps, and the peak of a step, against the formula', 90,
                         'gpu_parts:memory'),
-    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 180,
+    'nccl':        Part('one rank on NCCL: saved, stopped, resumed; a rank that raises', 240,
                         'gpu_runs:nccl'),
     'layouts':     Part('FSDP, HSDP and tensor parallelism over NCCL with one rank', 120,
                         'gpu_runs:layouts'),
@@ -119,7 +120,7 @@ def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
         listener.start()
         status = how_it_ended(process.wait(limit))
     except subprocess.TimeoutExpired:
-        status = f'over its limit of {limit:.0f} s'
+        status = f'over its limit of {limit:.0f} s (--patience 2 doubles it)'
     except KeyboardInterrupt:
         status = 'stopped'
     finally:
@@ -180,7 +181,8 @@ def write_file(path:Path, text:str):
     os.replace(tmp, path)
 
 class Results:
-    "The record of all parts in `folder`: results.json, and results.md made from it"
+    """The record of all parts in `folder`: results.json, and results.md made from it. A `note` that somebody
+    writes into a row of results.json is shown, until its part runs again"""
     def __init__(self, folder:Path, about:dict):
         self.folder, self.path = folder, folder/'results.json'
         old = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else {}
@@ -251,20 +253,21 @@ def render(data:dict)->str:
 # --- all of it ------------------------------------------------------------------------------------
 
 def run_parts(parts:dict[str,Part], results:Results, form:str, work:Path, minutes:float=0,
-              again:bool=False)->bool:
-    "Run the parts that are not done yet, in `minutes` if given. True if all of them ended without a problem"
+              again:bool=False, patience:float=1)->bool:
+    """Run the parts that are not done yet, in `minutes` if given, with `patience` times their limits. True if
+    all of them ended without a problem"""
     end = time.monotonic() + 60*minutes if minutes else float('inf')
     for name, part in parts.items():
         if not again and results.data['parts'].get(name, {}).get('status') == 'done':
             print(f'{name}: done already')
             continue
         left = end - time.monotonic()
-        if left < part.seconds/2:
+        # a CPU may be shared
+        limit = patience*(part.seconds if form == 'gpu' else min(3*part.seconds, 600))
+        if left < patience*part.seconds/2:
             print(f'{name}: not begun, {max(left, 0):.0f} s left of the time given')
             continue
-        # a CPU may be shared
-        limit, a = min(part.seconds if form == 'gpu' else min(3*part.seconds, 600),
-                       left), results.data['about']
+        limit, a = min(limit, left), results.data['about']
         print(f'{name}: {part.about} (at most {limit:.0f} s)', flush=True)
         results.begin(name, {'limit': limit, 'date': a['date'], 'torch': a['torch']})
         results.finish(name, **run_part(part, form, work, limit, lambda row: results.take(name, row)))
@@ -295,7 +298,11 @@ def arguments():
                    help='the tables go into a folder of it that is named by the device')
     p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
                    help='only these; all if left out')
-    p.add_argument('--minutes', type=float, default=0, help='begin nothing that would not fit into this time')
+    p.add_argument('--minutes', type=float, default=0,
+                   help='end after this time: a part that is under way is cut, and none begins that would '
+                        'have less than half of its limit')
+    p.add_argument('--patience', type=float, default=1,
+                   help='on a slower machine: this many times the limits of all parts')
     p.add_argument('--again', action='store_true', help='also the parts that are done')
     p.add_argument('--form', choices=('auto', 'gpu', 'cpu'), default='auto',
                    help='cpu: the miniature, without the GPU')
@@ -318,7 +325,7 @@ def main()->int:
             raise SystemExit('there is no GPU that torch can use; --form cpu runs the miniature')
         results = Results(Path(a.out)/folder_name(about['device']), about)
         fine = run_parts({n: PARTS[n] for n in PARTS if n in a.parts}, results, about['form'], work,
-                         a.minutes, a.again)
+                         a.minutes, a.again, a.patience)
     except KeyboardInterrupt:
         print('stopped; the same command goes on')
         return 130

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError, pick_dtype
-from llama_nb.model.backends import backend_problem, backend_report
+from llama_nb.model.backends import backend_problem, backend_report, pick_backend
 from llama_nb.model.transformer import LLaMA, init_weights
 from llama_nb.scale.memory import memory_per_rank
 from llama_nb.settings import DataConfig, OptimConfig, RunConfig, TrainConfig
@@ -102,6 +102,10 @@ def backends(desk, *wanted, dtype=torch.bfloat16, k:int=128)->list[str]:
         if problem: desk.skip(f'attention {name}, {str(dtype).removeprefix("torch.")}, heads of {k}', problem)
     return [n for n in wanted if not problems[n]]
 
+def default_attention(desk, k:int, packed:bool=False, dtype=torch.bfloat16)->str:
+    "The attention that `auto` takes, which is what compiled parts try"
+    return pick_backend('auto', device(desk), dtype, k, packed)
+
 def first_line(e:BaseException)->str: return f'{type(e).__name__}: {e}'.split('\n')[0][:300]
 
 def free(desk):
@@ -120,8 +124,10 @@ def environment(desk):
             problem = backend_problem(name, device(desk), dtype, k, True)
             desk.row('attention backends', f'{name}, {str(dtype).removeprefix("torch.")}, heads of {k}',
                      runs=not problem, why=problem or None)
-        desk.row('attention that auto picks', f'{str(dtype).removeprefix("torch.")}, heads of {k}',
-                 said=backend_report('auto', device(desk), dtype, k, True))
+        for packed, words in ((False, 'whole sequences'), (True, 'packed documents')):
+            desk.row('attention that auto picks',
+                     f'{str(dtype).removeprefix("torch.")}, heads of {k}, {words}',
+                     said=backend_report('auto', device(desk), dtype, k, packed))
     default_steps(desk)
     desk.skip('asynchronous tensor parallelism', 'needs two GPUs that are joined by NVLink')
 
@@ -264,8 +270,9 @@ def sync(desk):
     model = ModelConfig(1024, 4, 8, vocab_size=2048, max_seq_len=1024) if desk.gpu else MINI
     if not desk.gpu: desk.skip('host synchronisation', 'no GPU: there is nothing to wait for')
     names = backends(desk, 'sdpa', 'xformers', k=model.head_dim)
-    cases = [(b, d, c) for b in names for d in DOCUMENTS for c in ('off', *['blocks']*(b == names[-1]))]
-    for backend, documents, compiled in cases if desk.gpu else [('sdpa', d, 'off') for d in DOCUMENTS]:
+    cases = [(b, d, 'off') for b in (names if desk.gpu else ['sdpa']) for d in DOCUMENTS]
+    usual = [(default_attention(desk, model.head_dim, d == 'separate'), d, 'blocks') for d in DOCUMENTS]
+    for backend, documents, compiled in cases + usual*desk.gpu:
         name = f'{backend}, {documents}' + ', compiled'*(compiled == 'blocks')
         run = trainer(desk, model, documents=documents, attention=backend, recompute='linear',
                       compile=compiled)
@@ -330,6 +337,7 @@ def parity(desk):
                          k=SMALL[desk.form].head_dim) for n in LIMITS}
     losses = {}
     for documents in DOCUMENTS:
+        usual = default_attention(desk, SMALL[desk.form].head_dim, documents == 'separate')
         right = gradients(desk, None, documents=documents, attention='reference', dtype='float32',
                           where='cpu')
         near = gradients(desk, right, documents=documents, attention='reference', dtype='bfloat16',
@@ -338,7 +346,7 @@ def parity(desk):
         losses[documents] = right['loss']
         for dtype, backend, (mode, compiled) in ((d, b, m) for d in LIMITS for b in names[d] for m in modes):
             # takes minutes
-            if compiled == 'blocks' and (dtype, backend) != ('bfloat16', names[dtype][-1]): continue
+            if compiled == 'blocks' and (dtype, backend) != ('bfloat16', usual): continue
             name = f'{backend}, {documents}, {mode}' + ', compiled'*(compiled == 'blocks') + f', {dtype}'
             try:
                 got = gradients(desk, right, documents=documents, attention=backend, dtype=dtype,
@@ -420,7 +428,8 @@ def memory(desk):
     wide = BLOCK_7B if desk.gpu else MINI
     names = backends(desk, 'sdpa', 'xformers', k=wide.head_dim)
     cases = [(b, mode, False) for b in names for mode in RECOMPUTE if mode != 'budget']
-    cases += [(names[-1], mode, True) for mode in ('none', 'linear')]*desk.gpu
+    usual = default_attention(desk, wide.head_dim)
+    cases += [(usual, mode, True) for mode in ('none', 'linear')]*desk.gpu
     for backend, mode, compiled in cases:
         name = f'{backend}, {mode}' + ', compiled'*compiled
         try:

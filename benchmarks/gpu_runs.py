@@ -237,7 +237,7 @@ def documents(desk):
     "Tokens per second with and without document masking, each backend, eager and compiled; all take turns"
     runs, count = {}, 5 if desk.gpu else 1
     names = backends(desk, 'sdpa', 'xformers', k=(WIDE if desk.gpu else MINI).head_dim)
-    cases = [(b, 'off') for b in names] + [(names[-1], 'blocks')]*desk.gpu
+    cases = [(b, 'off') for b in names] + [(b, 'blocks') for b in names]*desk.gpu
     for (backend, compiled), packing in itertools.product(cases, DOCUMENTS):
         run = open_run(desk, backend, compiled, packing, count)
         if run: runs[backend, compiled, packing] = run

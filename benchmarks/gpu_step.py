@@ -19,7 +19,8 @@ from llama_nb.train.optim import clip_grad_norm, make_optimizer, set_lr
 from llama_nb.train.recompute import apply_recompute
 from llama_nb.train.run import compile_model
 from llama_nb.train.trainer import accumulate
-from gpu_parts import backends, bare_model, device, first_line, formula_bytes, free, median_ms, wait
+from gpu_parts import (backends, bare_model, default_attention, device, first_line, formula_bytes, free,
+                       median_ms, wait)
 
 GOALS = {'1.3B': .55, '7B': .50}                                 # MFU; and 1.25 times transformers
 FASTER = 1.25
@@ -154,6 +155,8 @@ class Contest:
     def leave(self, who:Contestant, error:Exception):
         for kept in (self.passes, self.seconds, self.facts): kept.pop(who, None)
         self.optimizer.zero_grad(set_to_none=True)
+        for p, kept in [*self.optimizer.state.items()]:          # memory ran out while they were made
+            if len(kept) < 3: del self.optimizer.state[p]
         memory = isinstance(error, torch.cuda.OutOfMemoryError)
         why = 'out of memory' if memory else first_line(error)
         self.desk.row(self.table, who.name, None if memory else False, why=why)
@@ -231,7 +234,7 @@ def goals(desk, contest:Contest, size:str):
 
 # --- the parts ------------------------------------------------------------------------------------
 
-ONE_B = ModelConfig(2048, 24, 16)
+ONE_B, SEVEN_B = ModelConfig(2048, 24, 16), ModelConfig(4096, 32, 32)
 MINI = ModelConfig(64, 2, 2, vocab_size=512, multiple_of=32, max_seq_len=64)
 
 def flash()->list[str]:
@@ -241,7 +244,7 @@ def flash()->list[str]:
 
 def picked(desk, config:ModelConfig)->str:
     "The attention that `auto` takes"
-    return pick_backend('auto', device(desk), compute_type(desk), config.head_dim)
+    return default_attention(desk, config.head_dim, dtype=compute_type(desk))
 
 def transformers_here(desk)->bool:
     import importlib.util
@@ -250,10 +253,12 @@ def transformers_here(desk)->bool:
     return here
 
 def step(desk):
-    """1.3B parameters, 8 sequences of 2,048 tokens: every recompute mode, eager and compiled, beside
-    transformers"""
-    size, micro = ONE_B if desk.gpu else MINI, 4
-    contest = Contest(desk, '8 x 2,048 tokens, 1.3B' if desk.gpu else 'toy', size, 8)
+    """1.3B parameters, or as many of its layers as fit, 8 sequences of 2,048 tokens: every recompute mode,
+    eager and compiled, beside transformers"""
+    micro = 4
+    size, name = fitting(desk, ONE_B, micro*2048, '1.3B') if desk.gpu else (MINI, 'toy')
+    if not size: return
+    contest = Contest(desk, f'8 x 2,048 tokens, {name}' if desk.gpu else name, size, 8)
     best = picked(desk, size)
     others = [n for n in backends(desk, 'sdpa', 'xformers', dtype=compute_type(desk)) if n != best]
     def mine(mode, compiled='', attention=best):
@@ -267,7 +272,7 @@ def step(desk):
     if not desk.gpu: desk.skip('compiled contestants', 'minutes of compiling on a CPU')
     enter_all(desk, contest, eager + compiled*desk.gpu, 60)
     contest.turns(10 if desk.gpu else 2)
-    goals(desk, contest, '1.3B' if desk.gpu else 'toy')
+    goals(desk, contest, name)
     whole = [replace(who, compiled='whole') for who in them[:1]]    # compiles for minutes, so last
     enter_all(desk, contest, whole*desk.gpu, 120)
     if desk.gpu and set(whole) & set(contest.passes): contest.turns(10)
@@ -280,28 +285,35 @@ def enter_all(desk, contest:Contest, all_of_them:list[Contestant], reserve:float
         else:
             contest.enter(who, n, n)
 
-SPARE = 4e9         # CUDA itself, the loss, one layer's weights in bfloat16, the products' work space
+# CUDA itself, the loss, one layer's weights in bfloat16, the work space of matrix multiplications
+SPARE = 4e9
+# bytes that transformers, eager, keeps of a token and layer, over the width
+KEPT_EAGER = 49
 
-def fitting_layers(memory:float, wanted:int=32, tokens:int=2048)->int:
-    """As many layers of 7B as fit into `memory` bytes: states, weights once more in bfloat16, what
-    transformers keeps of a sequence"""
-    def need(n):
-        c = ModelConfig(4096, n, 32)
-        return 18*c.n_params + n*tokens*200_000 + SPARE
-    return max((n for n in range(1, wanted + 1) if need(n) <= memory), default=0)
+def fitting_layers(memory:float, whole:ModelConfig, tokens:int)->int:
+    """As many layers of a model as fit into `memory` bytes: states, weights once more in bfloat16, what
+    transformers keeps of `tokens` in a forward pass"""
+    def need(n): return 18*replace(whole, n_layers=n).n_params + n*tokens*KEPT_EAGER*whole.dim + SPARE
+    return max((n for n in range(1, whole.n_layers + 1) if need(n) <= memory), default=0)
+
+def fitting(desk, whole:ModelConfig, tokens:int, name:str)->tuple[ModelConfig|None, str]:
+    "A model with as many layers as fit on this GPU, and its name; None, and a row, if not even two do"
+    memory = torch.cuda.mem_get_info()[0]
+    layers = fitting_layers(memory, whole, tokens)
+    if layers < 2:
+        desk.skip(name, f'{memory/1e9:.0f} GB do not hold two layers of it')
+        return None, name
+    if layers < whole.n_layers: name = f'{layers} of the {whole.n_layers} layers of {name}'
+    return replace(whole, n_layers=layers), name
 
 def step_7B(desk):
     "The widths of 7B with float32 weights and AdamW: all 32 layers where memory allows"
     if not desk.gpu:
         desk.skip('7B', 'no GPU')
         return
-    memory = torch.cuda.mem_get_info()[0]
-    layers = fitting_layers(memory)
-    if layers < 2:
-        desk.skip('7B', f'{memory/1e9:.0f} GB do not hold two layers of it')
-        return
-    size = '7B' if layers == 32 else f'{layers} of the 32 layers of 7B'
-    contest = Contest(desk, f'16 x 2,048 tokens, {size}', ModelConfig(4096, layers, 32), 16)
+    size, name = fitting(desk, SEVEN_B, 2048, '7B')
+    if not size: return
+    contest = Contest(desk, f'16 x 2,048 tokens, {name}', size, 16)
     attention = picked(desk, contest.config)
     them = [Contestant('transformers', *how, 'sdpa')
             for how in (('none', '', 1), ('full', '', 4), ('none', 'blocks', 1))]
@@ -309,7 +321,7 @@ def step_7B(desk):
             for how in (('linear', 'blocks', 2), ('linear', 'blocks', 1), ('full', 'blocks', 4))]
     enter_all(desk, contest, [mine[0], *them*transformers_here(desk), *mine[1:]], 40, 2)
     contest.turns(5)
-    goals(desk, contest, size)
+    goals(desk, contest, name)
 
 # --- where the time goes --------------------------------------------------------------------------
 
@@ -318,12 +330,12 @@ KINDS = (('optimiser and clipping', ('adam', 'multi_tensor', 'foreach', 'lpnorm'
          ('attention', ('flash', 'fmha', 'attention', 'cutlassf', 'cutlassb')),
          ('matrix multiplications', ('gemm', 'nvjet', 'cublas', 'xmma', 'wgmma', 'cutlass', 'aten::mm',
                                      'aten::addmm', 'aten::bmm')),
-         ('copies', ('memcpy', 'memset')),
-         ('fused by the compiler', ('triton',)))
+         ('copies', ('memcpy', 'memset')))
 
 def kind_of(kernel:str)->str:
     "What a kernel is for, from its name"
     name = kernel.lower()
+    if name.startswith('triton_'): return 'fused by the compiler'    # it lists the operators that it fused
     return next((kind for kind, words in KINDS if any(w in name for w in words)),
                 'elementwise, sums, indexing')
 
