@@ -125,7 +125,7 @@ def compare(folder:Path, corpus:Path, source:str)->dict:
 
 def render(about:str, found:list[dict])->str:
     lines = [f'# Cleaners of others beside ours\n\n{about}\n',
-             '| source | cleaner | documents in | kept | MB in | MB out | MB a second |',
+             '| source | cleaner | documents in | kept | MB in | MB out | MB per second |',
              '|---|---|---|---|---|---|---|']
     for each in found:
         given = f'{each["documents"]:,}'

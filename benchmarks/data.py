@@ -5,7 +5,7 @@
     python benchmarks/data.py runs/mini [NAME]          # of the table, data if none is given
 
 One process and one thread. Contestants take turns, in an order that changes; medians of their processor time,
-in MB (10^6 bytes of text in UTF-8) a second. Memory: the largest resident set of a process of its own, over
+in MB (10^6 bytes of text in UTF-8) per second. Memory: the largest resident set of a process of its own, over
 inputs that grow. The table goes into NAME.md.
 """
 import platform, random, resource, statistics, subprocess, sys, tempfile, time
@@ -21,7 +21,7 @@ def spent()->float: # seconds
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
-def contest(work:dict, megabytes:float, turns:int=TURNS)->dict: # name -> MB a second of processor time
+def contest(work:dict, megabytes:float, turns:int=TURNS)->dict: # name -> MB per second of processor time
     "Medians of functions that take turns"
     seconds, order = {name: [] for name in work}, random.Random(0)
     for _ in range(turns):
@@ -47,7 +47,7 @@ def raw_bytes(inputs:dict)->int:
                 total += len(block)
     return total
 
-def sources(corpus:Path)->list[tuple]: # title, MB raw, MB a second
+def sources(corpus:Path)->list[tuple]: # title, MB raw, MB per second
     "`data clean` of every source of a mini corpus, with the models that were trained there"
     from llama_nb.data.corpus import clean_source
     from llama_nb.data.pipeline import SOURCES, Models, find_files
@@ -65,7 +65,7 @@ def sources(corpus:Path)->list[tuple]: # title, MB raw, MB a second
 
 # --- stages beside other libraries ----------------------------------------------------------------
 
-def stages(docs, corpus:Path, folder:Path)->list[tuple]: # stage, {who: MB a second}
+def stages(docs, corpus:Path, folder:Path)->list[tuple]: # stage, {who: MB per second}
     "What others have too, on the same documents"
     megabytes, rows = size(docs), []
     for name, work in (('read JSON lines (zstd)', reading(docs, folder)),
@@ -124,7 +124,7 @@ def tokenising(docs, corpus):
 
 # --- the loader -----------------------------------------------------------------------------------
 
-def loader(docs, corpus:Path, folder:Path)->list[tuple[int, float]]: # files, million tokens a second
+def loader(docs, corpus:Path, folder:Path)->list[tuple[int, float]]: # files, million tokens per second
     "The same tokens in one file and in some thousand"
     from llama_nb.data.loader import Loader
     from llama_nb.data.shards import write_shards
@@ -194,15 +194,15 @@ def memories(docs, corpus:Path, folder:Path, sizes=(3, 30, 300))->list[tuple]: #
 def render(about, raw, beside, tokens, memory)->str:
     lines = [f'# Data: speed and memory\n\n{about}\n',
              'From raw to clean, all stages and passes, MB of unpacked files (of ArXiv: of packed papers):\n',
-             '| source | MB raw, unpacked | MB a second |', '|---|---|---|']
+             '| source | MB raw, unpacked | MB per second |', '|---|---|---|']
     lines += [f'| {name} | {megabytes:.2f} | {rate:.2f} |' for name, megabytes, rate in raw]
-    lines += ['\nStages that others have, on the same clean documents, MB a second:\n',
+    lines += ['\nStages that others have, on the same clean documents, MB per second:\n',
               '| stage | llama_nb | the other | which |', '|---|---|---|---|']
     for name, rates in beside:
         (_, ours), (who, theirs) = rates.items()
         lines.append(f'| {name} | {ours:.1f} | {theirs:.1f} | {who} |')
     lines += ['\nThe loader, sequences of 2,048, the same tokens in one file and in many:\n',
-              '| files | million tokens a second |', '|---|---|']
+              '| files | million tokens per second |', '|---|---|']
     lines += [f'| {n:,} | {rate:.1f} |' for n, rate in tokens]
     lines.append('')
     lines += ['Largest resident set of a process, MB, for so many MB of text:\n',

@@ -1,5 +1,5 @@
 """Speed and memory of one training step: this package, transformers' LlamaForCausalLM, and what both cannot
-do without: the matrix products alone, and those with the attention kernel.
+do without: the matrix multiplications alone, and those with the attention kernel.
 
 Same sizes, same batches, same loss, fused AdamW on both sides. Each contestant is a process of its own, so
 that peak memory is its own; they take turns, one step each, so that whatever else the machine does hits all
@@ -33,7 +33,7 @@ class Settings:
     minutes:float=9.          # stop measuring after this time, with the rounds that are done by then
     quick:bool=False          # 7 rounds and 3 minutes: a look, not a measurement
     device:str='auto'         # auto, cpu, cuda
-    # of the matrix products, float32 or bfloat16; auto: each that is native here. Weights stay float32
+    # of the matrix multiplications, float32 or bfloat16; auto: each that is native here. Weights stay float32
     dtype:str='auto'
     attention:str='auto'      # auto, reference, sdpa, xformers, ...
     modes:tuple[str, ...]=('none', 'linear', 'full') # recompute modes of ours
@@ -46,7 +46,7 @@ class Settings:
     name:str='train_step'     # of the table
 
 THEIR_WORDS = {'full': 'gradient checkpointing', 'budget': 'memory budget'}
-ALONE, CORE = 'matrix products alone', 'matrix products and attention alone'
+ALONE, CORE = 'matrix multiplications alone', 'matrix multiplications and attention alone'
 
 @dataclass(frozen=True)
 class Contestant:
@@ -72,7 +72,7 @@ class Contestant:
 
 def contestants(s, dtype, wide):
     """Who takes part in one precision: on a CPU ours prepares the host as its command line does, and
-    transformers runs as it comes and on a prepared host too; where ours recomputes products, it does too"""
+    transformers runs as it comes and on a prepared host too; where ours multiplies again, it does too"""
     cpu = device_of(s).type == 'cpu'
     found = [Contestant(ALONE, prepared=prepared) for prepared in (False, True)[:1 + wide]]
     found.append(Contestant(CORE, prepared=cpu))
@@ -156,8 +156,8 @@ def training_step(s, who, device, dtype):
         return loss
     return step, 12*sum(p.numel() for p in model.parameters())
 
-def products_step(s, device, dtype, attention):
-    "The products of the linear layers, forward and backward, and attention's kernel if asked; nothing else"
+def matmuls_step(s, device, dtype, attention):
+    "What linear layers multiply, forward and backward, and attention's kernel if asked; nothing else"
     import torch
     from llama_nb.scale.flops import linear_shapes, three_matmuls
     shapes = linear_shapes(model_config(s), (s.micro or s.batch)*s.seq)*(s.batch//(s.micro or s.batch))
@@ -198,7 +198,7 @@ def worker(s, who, verdict):
     from llama_nb.train.host import prepare_host
     device, dtype = device_of(s), pick_dtype(who.dtype)
     if who.prepared and device.type == 'cpu': prepare_host(verdict)
-    if who.alone: step, held = products_step(s, device, dtype, who.code == CORE), 0
+    if who.alone: step, held = matmuls_step(s, device, dtype, who.code == CORE), 0
     else:
         step, held = training_step(s, who, device, dtype)
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
@@ -266,12 +266,12 @@ def device_name(s):
     if device_of(s).type == 'cuda': return torch.cuda.get_device_name()
     return f'{cpu_name()}, {torch.get_num_threads()} threads'
 
-def peak_of(s, dtype, products):
-    "The peak for MFU: published for a GPU, the median of the matrix products in this run for a CPU"
+def peak_of(s, dtype, seconds):
+    "The peak for MFU: published for a GPU, from the matrix multiplications of this run for a CPU"
     from llama_nb.scale.flops import Peak, device_peak, linear_shapes
     if device_of(s).type == 'cuda': return device_peak(device_name(s), dtype)
     flops = sum(6*n*k*m for n, k, m in linear_shapes(model_config(s), s.batch*s.seq))
-    return Peak(flops/products, 'cpu', dtype, 'measured')
+    return Peak(flops/seconds, 'cpu', dtype, 'measured')
 
 def row(s, who, got, memory, base, peak):
     "Every setting and every number of one contestant"
@@ -289,7 +289,7 @@ def row(s, who, got, memory, base, peak):
             'mfu': mfu(rate, c, s.seq, peak).share, 'hfu': hardware, 'loss': got[-1]['loss']}
 
 def table(rows):
-    lines = ['| | attention | tokens/s | of transformers | MFU | HFU | median ms | page faults a step '
+    lines = ['| | attention | tokens/s | of transformers | MFU | HFU | median ms | page faults per step '
              '| peak of tensors, MB | peak of the process, MB |', '|---|---|---|---|---|---|---|---|---|---|']
     for name, r in rows.items():
         if 'mfu' not in r:
@@ -322,9 +322,8 @@ def headline(dtype, rows):
     compiled = f', {best[True]:.2f} compiled' if True in best else ''
     return (f'**{dtype}: {best[False]:.2f} times transformers{compiled}.** The least of all modes is '
             f'{ours[least]["ratio"]:.2f} ({least}). '
-            f'Matrix products and the attention kernel, which both programs call, are {core/mine:.0%} of our '
-            f'step: '
-            f'with everything else for nothing it would be {theirs/core:.2f}.')
+            f'Matrix multiplications and the attention kernel, which both programs call, are {core/mine:.0%} '
+            f'of our step: with everything else for nothing it would be {theirs/core:.2f}.')
 
 def core_name(rows): return next(name for name, r in rows.items() if r['code'] == CORE)
 
@@ -346,15 +345,14 @@ def report_of(s, about, tables, verdict):
         lines += ['bfloat16 was not measured'
                   + ('.' if s.dtype != 'auto' else ': this hardware has no instructions for it.'), '']
     for dtype, (rows, peak) in tables.items():
-        measured = (', the better rate of "matrix products alone" in this run' if peak.source == 'measured'
-                    else '')
+        measured = f', the better rate of "{ALONE}" in this run'*(peak.source == 'measured')
         lines += [f'## {dtype}', '', *table(rows), '', f'MFU and HFU are shares of {peak}{measured}.', '']
     lines += ['"Of transformers" compares with transformers as it comes in the same precision, compiled rows '
-              'with it compiled, '
-              'and modes that repeat products by design with the same in transformers: recompute full with '
-              'its gradient checkpointing, budget with the same memory budget of the compiler. '
-              'MFU and HFU count 6 a matrix weight and 12 t d a layer and token (HFU: recomputed products '
-              'too; empty where the '
+              'with it compiled, and modes that repeat multiplications by design with the same in '
+              'transformers: recompute full with its gradient checkpointing, budget with the same memory '
+              'budget of the compiler. '
+              'MFU and HFU count 6 per matrix weight and 12 t d per layer and token (HFU: repeated '
+              'multiplications too; empty where the '
               'compiler decides what to repeat).', '']
     if cpu:
         from llama_nb.train.host import prepare_host

@@ -1,6 +1,6 @@
 """What stands around the book: changelog, citation, forms, hooks and the guide for contributors say what is
 so."""
-import re
+import ast, re
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -36,6 +36,46 @@ def disagreements(changelog, citation, version):
         found.append('date-released is not the day of this version in the changelog')
     if last[0] == version and 'date-released' not in citation: found.append('no date-released')
     return found
+
+def defined(source):
+    "Names that a module defines at its top"
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found.add(node.name)
+        targets = getattr(node, 'targets', [getattr(node, 'target', None)])
+        found |= {n.id for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return found
+
+MODULES = {'.'.join(p.relative_to(ROOT/'llama_nb').with_suffix('').parts): p.read_text(encoding='utf-8')
+           for p in (ROOT/'llama_nb').rglob('*.py')}
+DEFINED = {name: defined(source) for name, source in MODULES.items()}
+
+def quoted(cell): return re.findall(r'`([\w.]+)', cell)
+
+def renamed(changelog):
+    "(modules, names) of each row of the table of what was renamed: where one looks now, and for what"
+    table = changelog.split('| was | is |')[1].split('\n\n')[0]
+    for row in table.splitlines()[2:]:
+        was, now = row.strip().strip('|').split(' | ')
+        names = quoted(was if 'same name' in now else now)
+        modules = [n for n in quoted(now) if n in MODULES]
+        yield modules, [n for n in names if n not in MODULES and '.' not in n]
+
+def not_there(changelog):
+    "Names that are not where the table sends those who look for them"
+    everything = '\n'.join(MODULES.values())
+    for modules, names in renamed(changelog):
+        there = set().union(*(DEFINED[m] for m in modules))
+        for name in names:
+            if name in there if modules else re.search(rf'\b{name}\b', everything): continue
+            yield name, modules
+
+def test_what_was_renamed_is_where_the_changelog_says():
+    text = read('CHANGELOG.md')
+    assert sum(len(names) for _, names in renamed(text)) > 80
+    assert list(not_there(text)) == []
+    wrong = text.replace('in `model.backends` |', '|').replace('`settings`: `degrees`', '`config`: `degrees`')
+    assert {name for name, _ in not_there(wrong)} >= {'attend', 'pick_backend', 'degrees'}
 
 def test_changelog_citation_and_settings_agree():
     citation = yaml.safe_load(read('CITATION.cff'))
