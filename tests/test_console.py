@@ -1,8 +1,11 @@
 "What a run says: into a file, on a terminal of 50 columns, when Ctrl-C is pressed, and in its folder."
 import json, os, re, signal, struct, subprocess, sys
+from types import SimpleNamespace
 import pytest
 from conftest import ENV, command, metrics
 from llama_nb.data.shards import TokenShards
+from llama_nb.infer.evaluate import Score
+from llama_nb.train.console import per_byte
 
 TIME = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d '
 
@@ -85,3 +88,8 @@ def read(master):
         return os.read(master, 4096)
     except OSError:                                                           # the other end was closed
         return b''
+
+def test_bits_per_byte_are_those_of_eval():
+    "The first token of a text is nobody's target"
+    shards = SimpleNamespace(n_tokens=11, n_bytes=25)
+    assert per_byte(3., shards) == Score(30., 10, 25).bits_per_byte

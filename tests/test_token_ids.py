@@ -51,6 +51,14 @@ def test_every_document_is_in_one_side_once(tmp_path, first, name, kind, more):
     assert both.vocab_size == 400
     assert ids(tmp_path/'out', tmp_path/name, *args) == 2   # is there already
 
+def test_a_file_under_two_names_is_one_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path/'a.npy', some_ids(random.Random(1)), False, 'uint16')
+    for other in ('./a.npy', 'a.npy', tmp_path/'a.npy'):
+        assert ids('out', 'a.npy', other, '--separator', SEPARATOR, '--vocab-size', 400,
+                   '--bytes-per-token', 2) == 2
+        assert 'is named 2 times' in capsys.readouterr().err and not (tmp_path/'out').exists()
+
 @pytest.mark.parametrize('with_tokenizer', [False, True])
 def test_a_run_trains_on_them(tmp_path, tokens, run_file, capsys, with_tokenizer):
     "The ids of shards, given as an array, give the same losses; generation says whose they are"

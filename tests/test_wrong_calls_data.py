@@ -69,7 +69,7 @@ def test_sizes_of_batches(make, t, b):
 
 def test_numbers_of_batches_and_ranks(make):
     loader = make(16, 4)
-    for i in (-1, 1.5, None): assert f'no batch {i}' in complaint(loader.batch, i)
+    for i in (-1, 1.5, None, 2**31, 2**63 - 1): assert f'no batch {i}' in complaint(loader.batch, i)
     for rank, n in ((4, 4), (-1, 4), (0, 0), (0, -2), (.5, 4)):
         assert f'no rank {rank} of {n}' in complaint(loader.batch, 0, rank, n)
     assert 'cannot be shared by 3' in complaint(loader.batch, 0, 0, 3)
@@ -130,6 +130,15 @@ def test_ids_and_counts_are_looked_at_before_the_model_runs(monkeypatch):
     for size in (0, -1):
         batches = generate_batches(model, [[1, 2]]*3, 3, batch_size=size)
         assert 'batch_size must be a whole number above 0' in complaint(list, batches)
+
+@pytest.mark.parametrize('settings', [{}, {'temperature': 1., 'seed': 3}])
+def test_ids_that_the_tokenizer_lacks_are_not_drawn(settings):
+    "A padded vocabulary: the model has eight ids, its tokenizer five"
+    model = Constant([0., 1., 0., 2., 0., 9., 9., 9.])
+    everything = [generate(model, [[1], [2, 3]], 8, vocab_size=5, **settings),
+                  *generate_batches(model, [[1], [2, 3]], 8, vocab_size=5, **settings)]
+    assert all(i < 5 for rows in everything for row in rows for i in row)
+    assert any(i >= 5 for row in generate(model, [[1], [2, 3]], 8, **settings) for i in row)
 
 @pytest.mark.parametrize('settings', [{}, {'temperature': 1., 'seed': 3}])
 def test_a_model_writes_whatever_the_default_device(settings):

@@ -177,7 +177,8 @@ class Generate:
 
     def settings(self, tokenizer)->dict: # as `generate` takes them
         return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
-                    top_k=self.top_k, seed=None if self.seed < 0 else self.seed, eos_id=tokenizer.eos_id)
+                    top_k=self.top_k, seed=None if self.seed < 0 else self.seed, eos_id=tokenizer.eos_id,
+                    vocab_size=tokenizer.vocab_size)
 
     def stream(self, model, tokenizer, text:str):
         "Print one text while it is written"

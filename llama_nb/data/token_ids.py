@@ -6,7 +6,7 @@
 __all__ = ['open_ids', 'id_documents', 'Vocabulary', 'vocabulary', 'shard_ids']
 
 # %% ../../nbs/16_data.token_ids.ipynb #imports
-import json, tempfile
+import json, os, tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -119,7 +119,10 @@ def shard_ids(paths:Iterable,                # .npy and .bin files
              )->dict[str, TokenShards]:      # by side
     "Token ids as shards. Raises `UserError` for ids that are not in the vocabulary, or an empty side"
     check_fraction(held_out)
-    arrays = {str(path): open_ids(path, dtype) for path in paths}
+    paths = [str(path) for path in paths]
+    for path, n in Counter(map(os.path.realpath, paths)).items():
+        if n > 1: raise UserError(f'{path} is named {n} times; each file of token ids becomes documents once')
+    arrays = {path: open_ids(path, dtype) for path in paths}
     if not arrays: raise UserError('there are no files of token ids; name some')
     for path, ids in arrays.items(): _check_ids(path, ids, separator, tokenizer.vocab_size)
     folders = Path(out)/'train', Path(out)/'held_out'

@@ -174,6 +174,7 @@ def generate_steps(model,                   # a LLaMA
                    eos_id:int|None=None,    # a row ends with this token
                    top_k:int=0,             # draw from so many of the most likely tokens; 0: from all
                    streams:list[torch.Generator]|None=None, # one per row; made from `seed` if None
+                   vocab_size:int|None=None, # draw from the ids below it, those of the tokenizer; None: from all
                   )->Iterator[list[int|None]]: # per step b new ids, None where the text has ended
     """One step of all prompts at a time. Raises `UserError` at the first step, as `check_request` does, and
     where the logits are not finite"""
@@ -183,7 +184,7 @@ def generate_steps(model,                   # a LLaMA
     streams, ended = streams or row_generators(prompts, seed), [False]*len(prompts)
     for _ in range(max_new_tokens):
         with _uncompiled(): logits = model(tokens, positions, caches, visible, only_last=True)[:, -1]
-        tokens = pick_next(logits, temperature, top_p, streams, top_k)[:, None]
+        tokens = pick_next(logits[:, :vocab_size], temperature, top_p, streams, top_k)[:, None]
         positions = positions[:, -1:] + 1
         if visible is not None: visible = torch.cat((visible, visible.new_ones(len(prompts), 1)), 1)
         ids = tokens[:, 0].tolist()
@@ -202,10 +203,12 @@ def generate(model,                    # a LLaMA
              seed:int|None=None,       # fresh randomness if None
              eos_id:int|None=None,     # a row ends with this token
              top_k:int=0,              # draw from so many of the most likely tokens; 0: from all
+             vocab_size:int|None=None, # draw from the ids below it, those of the tokenizer; None: from all
             )->list[list[int]]:        # new ids of each prompt, eos_id included where it came
     "Continue every prompt. Raises `UserError` for empty prompts, too long texts, settings out of range"
     if len(prompts) == 0: return []
-    return _rows(generate_steps(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, top_k))
+    return _rows(generate_steps(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, top_k,
+                                vocab_size=vocab_size))
 
 def _rows(steps:Iterator[list[int|None]])->list[list[int]]:
     return [[i for i in row if i is not None] for row in zip(*steps)]
@@ -217,6 +220,7 @@ def generate_batches(model,                   # a LLaMA
                      temperature:float=0., top_p:float=1., seed:int|None=None,
                      eos_id:int|None=None, top_k:int=0,
                      batch_size:int=16,       # prompts in one batch
+                     vocab_size:int|None=None, # draw from the ids below it; None: from all
                     )->Iterator[list[list[int]]]: # new ids of the prompts of a batch
     "`generate`, some prompts at a time; the texts are the same. Raises `UserError` before the first batch"
     check_count('batch_size', batch_size)
@@ -226,7 +230,7 @@ def generate_batches(model,                   # a LLaMA
     for i in range(0, len(prompts), batch_size):
         part = slice(i, i + batch_size)
         yield _rows(generate_steps(model, prompts[part], max_new_tokens, temperature, top_p, None, eos_id,
-                                   top_k, streams[part]))
+                                   top_k, streams[part], vocab_size))
 
 # %% ../../nbs/33_infer.generate.ipynb #stream-text
 def stream_text(tokenizer,          # has .decode(ids) -> str

@@ -222,7 +222,7 @@ def per_byte(loss:float, # nats per token
              shards,     # of the text; its average token is what counts
             )->float:
     "Bits per byte of a loss per token"
-    return bits_per_byte(loss*shards.n_tokens, shards.n_bytes)
+    return bits_per_byte(loss*(shards.n_tokens - 1), shards.n_bytes)    # the first token is no target
 
 def end_lines(out,           # the run's folder
               results:dict,  # of `results`
