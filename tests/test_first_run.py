@@ -52,6 +52,13 @@ def test_each_setting_has_a_reason_and_lines_are_short(made):
                  'warmup_steps'):
         assert any(line.startswith(f'{name} = ') for line in settings), name
 
+def test_ten_steps_are_the_least(tokens, tmp_path, llama_nb):
+    "However little time and text there is; and the file does not say that these bound them"
+    code, shown, err = llama_nb('init', tokens, tmp_path/'a.toml', '--size', 'toy', '--minutes', .01,
+                                '--device', 'cpu', '--out', tmp_path/'out')
+    assert code == 0, err
+    assert 'steps      10 of' in shown and '(bounded by 10 steps, the least)' in shown
+
 def test_a_second_one_is_refused(made, tokens, llama_nb):
     before = made.path.read_bytes()
     code, _, err = llama_nb('init', tokens, made.path)

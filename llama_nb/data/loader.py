@@ -86,7 +86,7 @@ class Loader:
         """Numbers of the sequences in batch `i`. Raises `UserError` unless `i` is a number from 0, and where
         a shift leaves nothing for it"""
         if not isinstance(i, Integral) or not 0 <= i < 2**31:
-            raise UserError(f'there is no batch {i!r}; batches are counted 0, 1, 2 and so on, up to 2**31 - 1')
+            raise UserError(f'there is no batch {i!r}; batches are counted from 0 to 2**31 - 1')
         first = self.first(i)
         if first >= 0: return np.arange(first, first + self.batch_size)
         raise UserError(f'batch {i} is not of this run, which was forked later; ask for '

@@ -174,7 +174,7 @@ def generate_steps(model,                   # a LLaMA
                    eos_id:int|None=None,    # a row ends with this token
                    top_k:int=0,             # draw from so many of the most likely tokens; 0: from all
                    streams:list[torch.Generator]|None=None, # one per row; made from `seed` if None
-                   vocab_size:int|None=None, # draw from the ids below it, those of the tokenizer; None: from all
+                   vocab_size:int|None=None, # draw from the ids below it; None: from all
                   )->Iterator[list[int|None]]: # per step b new ids, None where the text has ended
     """One step of all prompts at a time. Raises `UserError` at the first step, as `check_request` does, and
     where the logits are not finite"""
