@@ -212,7 +212,8 @@ def _async_problem(mesh:DeviceMesh, compiled:bool)->str|None:
     if kind != 'cuda': return f'it needs GPUs joined by NVLink, and the ranks are on {kind}'
     if not compiled: return 'the compiler has to make it; set train.compile to blocks'
     here, there = torch.cuda.current_device(), torch.cuda.device_count()
-    if mesh.size() > there: return f'{mesh.size()} ranks share a product, and this machine has {there} GPUs'
+    if mesh.size() > there:
+        return f'{mesh.size()} ranks share a matrix multiplication, and this machine has {there} GPUs'
     for other in range(there):
         if other == here or torch.cuda.can_device_access_peer(here, other): continue
         return f'GPU {here} cannot write into the memory of GPU {other}'
@@ -236,5 +237,5 @@ def check_fused(found:Counter # from `async_tensor_parallel`, after the first st
                ):
     "Raise `UserError` if no multiplication was fused with its gather or scatter"
     if found: return
-    raise UserError('asynchronous tensor parallelism was asked for, but the compiler has fused no product '
-                    'with its gather or scatter; turn it off')
+    raise UserError('asynchronous tensor parallelism was asked for, but the compiler has fused no matrix '
+                    'multiplication with its gather or scatter; turn it off')
