@@ -598,7 +598,7 @@ def test_an_error_comes_at_the_next_save(tmp_path):
 
 def test_the_second_run_on_a_folder_is_refused_and_a_killed_one_lets_go(tmp_path):
     import socket
-    from llama_nb.core import UserError
+    from llama_nb.core import TemporaryError, UserError
     code = (f'from llama_nb.train.checkpoint import lock_folder; import time\n'
             f'with lock_folder({str(tmp_path)!r}): print("held", flush=True); time.sleep(60)')
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
@@ -608,6 +608,10 @@ def test_the_second_run_on_a_folder_is_refused_and_a_killed_one_lets_go(tmp_path
             with lock_folder(tmp_path): pass
         assert '\n' not in str(e.value)
         for words in (str(tmp_path), str(p.pid), socket.gethostname()): assert words in str(e.value)
+        assert not isinstance(e.value, TemporaryError)                   # the holder lives: a person decides
+        (tmp_path/'.lock').write_text(f'process {p.pid} on a-lost-machine')
+        with pytest.raises(TemporaryError, match='on a-lost-machine'):   # which may hold it for minutes
+            with lock_folder(tmp_path): pass
     finally:
         p.kill()
         p.wait()

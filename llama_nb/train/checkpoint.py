@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..core import UserError
+from ..core import TemporaryError, UserError
 from ..files import file_digest, make_folder, publish_folder
 from ..parallel.mesh import rank_and_size
 from ..parallel.processes import host_group
@@ -258,7 +258,7 @@ def lock_folder(folder,
                 report=print, # called with one line where the file system keeps no locks
                ):
     """Hold `folder` for this process; the system lets go of it when the process ends, however it ends. Raises
-    `UserError` naming who holds it"""
+    `UserError` naming who holds it, `TemporaryError` if that is on another machine"""
     folder = Path(folder)
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 def _take(f, folder:Path, report):
-    "Lock an open file, or raise `UserError` with what its holder wrote into it"
+    "Lock an open file. Raises as `lock_folder`"
     try:
         import fcntl
     except ImportError:
@@ -305,11 +305,15 @@ def _take(f, folder:Path, report):
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        f.seek(0)
-        who = ' '.join(f.read().split()) or 'another process'
-        raise UserError(f'{folder} is in use by {who}; '
-                        'wait for it or end it, or choose another --out') from None
+        raise _in_use(f, folder) from None
     except OSError as e:
         if e.errno not in _NO_LOCKS: raise
         report(f'{folder}: this file system keeps no locks ({e.strerror}); '
                'take care that no other process trains in it')
+
+def _in_use(f, folder:Path)->UserError:
+    "The error that names the holder; it may pass if that is on another machine, which may be dead"
+    f.seek(0)
+    who = ' '.join(f.read().split()) or 'another process'
+    kind = UserError if who.endswith(f' on {socket.gethostname()}') else TemporaryError
+    return kind(f'{folder} is in use by {who}; wait for it or end it, or choose another --out')
