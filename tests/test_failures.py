@@ -16,7 +16,7 @@ from llama_nb.parallel.mesh import make_mesh, on_all_ranks, on_rank_zero, rank_a
 from llama_nb.parallel.processes import host_group, start_ranks
 from llama_nb.run_file import load_run
 from llama_nb.settings import setting_names
-from llama_nb.train import checkpoint, console, metrics as log, trainer
+from llama_nb.train import checkpoint, console, metrics as log, run as runs, trainer
 from llama_nb.train.guards import SpikeGuard, collective_seconds
 
 # --- a rank that fails --------------------------------------------------------------------------
@@ -276,6 +276,24 @@ def test_torch_knows_what_the_mesh_is_asked():
     import inspect
     from torch.distributed.device_mesh import init_device_mesh
     assert 'backend_override' in inspect.signature(init_device_mesh).parameters
+
+def _refused(path, name, settings):
+    "What this one of two ranks says where rank 1 cannot have what all need"
+    def cannot(*args): raise UserError('not on this node')
+    def can(*args): return SimpleNamespace(bos_id=1)
+    setattr(runs, name, cannot if dist.get_rank() else can)
+    try:
+        runs.start_run(load_run(path, settings), lambda line: None)
+    except UserError as e:
+        return str(e)
+
+@pytest.mark.parametrize('name, settings',
+                         [('Tokenizer', ('--data.documents', 'separate')),
+                          ('async_tensor_parallel', ('--parallel.tensor', '2', '--parallel.async_tensor',
+                                                     'True', '--train.compile', 'blocks'))])
+def test_what_one_rank_cannot_open_all_refuse(run_file, name, settings):
+    options = {'path': str(run_file(4)), 'name': name, 'settings': settings}
+    assert run_ranks('test_failures:_refused', 2, options) == ['rank 1: not on this node']*2
 
 # --- the batch script ---------------------------------------------------------------------------
 

@@ -340,7 +340,7 @@ def _open_text(run:Trainer):
     wanted = on_rank_zero(lambda: [s.digest for s in folders])
     on_all_ranks(lambda: _compare(folders, wanted))
     if run.config.data.documents == 'separate':
-        run.bos_id = Tokenizer(run.loader.shards.tokenizer_path).bos_id
+        run.bos_id = on_all_ranks(lambda: Tokenizer(run.loader.shards.tokenizer_path).bos_id)
 
 def _compare(folders:list[TokenShards], wanted:list[str]):
     for s, digest in zip(folders, wanted):
@@ -355,7 +355,8 @@ def _open_model(run:Trainer):
     torch.manual_seed(c.train.seed)
     path = stored.latest_checkpoint(run.out/'checkpoints', report=run.report)
     if c.parallel.async_tensor:
-        run.fusions_to_check = async_tensor_parallel(run.mesh['tensor'], c.train.compile != 'off')
+        compiled = c.train.compile != 'off'
+        run.fusions_to_check = on_all_ranks(lambda: async_tensor_parallel(run.mesh['tensor'], compiled))
     run.model = build_model(c, run.device, run.mesh, draw=not (path or run.start))
     run.optimizer = make_optimizer(run.model, c.optim)
     if path: resume(run, path)
