@@ -73,7 +73,7 @@ class TrainConfig:
     prefetch:int=setting(2, free=True, min=0, max=1000)  # batches that a worker reads in advance; 0 = none
     max_skipped:int=setting(5, free=True, min=0)      # non-finite steps in a row that are skipped
     spike_sigmas:float=setting(6.0, free=True)        # report a loss so many deviations above the last 128
-    hang_minutes:float=setting(30., free=True, zero=True, min=.001, max=525_600)  # longest step; 0 = any
+    hang_minutes:float=setting(30., free=True, zero=True, min=.001, max=525_600) # longest step, save; 0 = any
     peak_flops:float=setting(0., free=True, zero=True, min=1, max=1e30)  # FLOP/s of the device; 0 = unknown
     wandb:str=setting('', free=True)                  # project at Weights & Biases; none if empty
 

@@ -1,7 +1,7 @@
 """Failures that speak: the traceback before the end, exit codes that say who can mend it, time limits,
 numbers that are none."""
 import errno, os, random, subprocess, sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -294,6 +294,27 @@ def _refused(path, name, settings):
 def test_what_one_rank_cannot_open_all_refuse(run_file, name, settings):
     options = {'path': str(run_file(4)), 'name': name, 'settings': settings}
     assert run_ranks('test_failures:_refused', 2, options) == ['rank 1: not on this node']*2
+
+# --- the watchdog -------------------------------------------------------------------------------
+
+def test_a_wait_for_a_save_has_the_watchdogs_time_for_itself(run_file, monkeypatch):
+    "The clock is wound up right before and after, and also around a validation"
+    seen = []
+    def noted(name, call):
+        def noting(*args):
+            seen.append(name)
+            return call(*args)
+        return noting
+    @contextmanager
+    def watchdog(minutes): yield lambda: seen.append('alive')
+    monkeypatch.setattr(trainer, 'watchdog', watchdog)
+    monkeypatch.setattr(trainer, 'validation_loss', noted('validation', trainer.validation_loss))
+    run = runs.start_run(load_run(run_file(4, save_every=2)), lambda line: None)
+    run.saver.wait = noted('wait', run.saver.wait)
+    assert trainer.fit(run, progress=False) == 0
+    long = [i for i, name in enumerate(seen) if name != 'alive']
+    assert [seen[i] for i in long].count('validation') == 1 and len(long) > 3
+    for i in long: assert seen[i - 1] == seen[i + 1] == 'alive'
 
 # --- the batch script ---------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def fit(run:Trainer,        # from `start_run`
             if is_due(run, c.eval_every): validate(run, log)
             if save_is_due(run): checkpoint(run, log)
         if not save_is_due(run): checkpoint(run, log)                  # a signal came
-        run.saver.wait()
+        with log.paused(): run.saver.wait()
         if run.step == c.steps: conclude(log)
     if run.step == c.steps: return 0
     run.report(f'stopped after step {run.step} of {c.steps}, saved; the same command goes on')
@@ -218,8 +218,8 @@ def validate(run:Trainer, log:'RunLog'):
 # %% ../../nbs/66_train.trainer.ipynb #checkpoint
 def checkpoint(run:Trainer, log:'RunLog'):
     "Begin to save the run, with its log up to date"
+    with log.paused(): run.saver.wait()                      # for the save before
     with log.paused():
-        run.saver.wait()                                     # for the save before
         on_rank_zero(lambda: publish(log))
         save(run)
         gc.collect()
@@ -236,6 +236,7 @@ class RunLog:
         self.pending = None                                  # the row that is still on its way
         self.signals = []                                    # that came to any rank
         self.after_step = []                                 # what else is to be called after each step
+        self.alive = lambda: None                            # winds up the watchdog's clock
         self.spikes = SpikeGuard(run.config.train.spike_sigmas)
         self.clock = self.begun = time.perf_counter()        # when the last row was ready
         self.first = run.step                                # steps that were done before
@@ -245,6 +246,7 @@ class RunLog:
         row['in_flight'] = StepInFlight([row.pop('loss'), row.pop('grad_norm'), *row.pop('signals')])
         if self.behind: row, self.pending = self.pending, row
         if row: self._finish(row)
+        self.alive()
         for action in self.after_step: action()
 
     def _finish(self, row:dict):
@@ -267,10 +269,13 @@ class RunLog:
 
     @contextmanager
     def paused(self):
-        "Write down what is pending; what is done meanwhile does not count as time of a step"
+        """Write down what is pending; what is done meanwhile does not count as time of a step, and has the
+        watchdog's whole time for itself"""
         row, self.pending = self.pending, None
         if row: self._finish(row)
+        self.alive()
         yield
+        self.alive()
         self.clock = time.perf_counter()
 
     def validated(self, loss:float): # nats per token
@@ -351,7 +356,7 @@ def running(run:Trainer, progress:bool=True):
         log = RunLog(run, metrics, console)
         if first: _go_on(log, stack)
         tidy = enter(quiet_gc())
-        log.after_step = [alive, lambda: tidy(run.step), lambda: _check_compiled(run)]
+        log.alive, log.after_step = alive, [lambda: tidy(run.step), lambda: _check_compiled(run)]
         enter(last_words())                                            # before anything is cleaned up
         yield log
 
