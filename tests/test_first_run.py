@@ -15,8 +15,40 @@ from llama_nb.data.shards import TokenShards
 from llama_nb.flags import parse_flags
 from llama_nb.run_file import batch_for, load_run
 from llama_nb.settings import RunConfig, setting_names
-from llama_nb.train import first_run
+from llama_nb.train import first_run, run
 from llama_nb.train.first_run import SIZES, Text, choose_size, draft, find_text
+
+# --- the compiler -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('device, variable, name', [('cuda', 'CC', 'clang'), ('cpu', 'CXX', 'g++')])
+def test_what_compiles_is_looked_for(device, variable, name, monkeypatch):
+    "Under a usual name, or the one that the variable has; then under no other"
+    there = set()
+    monkeypatch.setattr(run, 'find_spec', lambda package: package == 'triton')
+    monkeypatch.setattr(run.sys, 'platform', 'linux')
+    monkeypatch.setattr(run.shutil, 'which', lambda name: name if name in there else None)
+    monkeypatch.delenv(variable, raising=False)
+    device = torch.device(device)
+    assert f'{name}, or {variable}' in run.compiler_missing(device)
+    assert not first_run._compiles(device)
+    there.add(name)
+    assert not run.compiler_missing(device) and first_run._compiles(device) == (device.type == 'cuda')
+    monkeypatch.setenv(variable, 'mine')
+    assert run.compiler_missing(device)
+    there.add('mine')
+    assert not run.compiler_missing(device)
+    monkeypatch.setattr(run, 'find_spec', lambda package: None)
+    assert bool(run.compiler_missing(device)) == (device.type == 'cuda')
+
+def test_a_run_without_a_compiler_is_refused_in_a_line(run_file, tmp_path, monkeypatch, capsys):
+    "Before its folder is made; one that compiles nothing needs none"
+    monkeypatch.setattr(run.shutil, 'which', lambda name: None)
+    monkeypatch.delenv('CXX', raising=False)
+    assert cli.main(['train', str(run_file(4)), '--train.compile', 'blocks']) == 2
+    said = capsys.readouterr().err
+    assert 'train.compile needs a C++ compiler' in said and said.count('\n') == 1
+    assert not (tmp_path/'run').exists()
+    run.check_compiler(load_run(run_file(4)), torch.device('cpu'))
 
 # --- the file ---------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ __all__ = ['TOKENS_PER_PARAMETER', 'EPOCHS', 'SIZES', 'MINUTES', 'PASS', 'LEAST_
 # %% ../../nbs/6C_train.first_run.ipynb #imports
 import math, os, statistics, time
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 import tomli_w, torch
 from ..config import PRESETS
@@ -24,7 +23,7 @@ from ..scale.memory import memory_per_rank
 from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from .host import judge_matmul, prepare_host
 from .optim import clip_grad_norm, make_optimizer
-from .run import build_model, device_memory
+from .run import build_model, compiler_missing, device_memory
 from .trainer import accumulate
 
 # %% ../../nbs/6C_train.first_run.ipynb #text
@@ -87,7 +86,7 @@ def fitted(config:RunConfig,
 
 def _compiles(device:torch.device)->bool:
     "Does it pay to compile, and can it be done?"
-    return device.type == 'cuda' and find_spec('triton') is not None
+    return device.type == 'cuda' and not compiler_missing(device)
 
 def draft(size:str, # a key of `SIZES`
           text:Text, device:torch.device,
