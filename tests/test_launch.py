@@ -1,6 +1,7 @@
 "Ranks that the command starts itself, their signals, failures and exit codes; the check before they begin."
 import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 from conftest import ENV, command, metrics
 from fork_server import Program
@@ -98,6 +99,17 @@ def test_exit_codes_of_the_whole():
     start = time.monotonic()
     assert code(('import sys', 'sys.exit(75)'), waits) == 75 and code(waits, killed) == 137
     assert time.monotonic() - start < 60
+
+def test_a_failure_that_may_pass_is_the_first(capsys):
+    "The rank whose storage fails is the cause, though one that has lost it has a lower number"
+    def ended(*codes):                                      # of a rank, at each look
+        codes = list(codes)
+        return SimpleNamespace(poll=lambda: codes.pop(0) if len(codes) > 1 else codes[0])
+    assert launch._TEMPORARY == cli.TEMPORARY == 75
+    assert launch._wait([ended(1), ended(75)]) == 75 and launch._wait([ended(1), ended(None, 75)]) == 75
+    assert launch._wait([ended(-6), ended(75), ended(None)]) == 75
+    assert 'rank 1 has ended with exit code 75; 1 others are ended' in capsys.readouterr().err
+    assert launch._wait([ended(0), ended(1)]) == 1
 
 def test_a_rank_knows_its_place(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '7')

@@ -26,7 +26,7 @@ def rank_environment(rank:int, n:int, # of so many ranks, all on this machine
 # %% ../../nbs/68_train.launch.ipynb #launch
 def launch_ranks(args:list[str], # of `llama-nb`
                  n:int,          # processes; with GPUs, one for each
-                )->int:          # exit code: 0, that of the first failure, or 128 + the number of a signal
+                )->int:          # exit code: 0, 128 + the number of a signal, or that of a failure; 75 first
     "Run a command as `n` ranks on this machine. Raises `UserError` in a process that is a rank itself"
     if 'WORLD_SIZE' in os.environ:
         raise UserError('--nproc starts the ranks, and this is one already (WORLD_SIZE is set); leave it out')
@@ -57,6 +57,7 @@ def _handed_on(ranks:list):
 
 # %% ../../nbs/68_train.launch.ipynb #wait
 _STOPPED = {0, *(128 + number for number in STOP_SIGNALS)}
+_TEMPORARY = 75 # of a failure that may pass, `llama_nb.cli.TEMPORARY`
 
 def _code(p:subprocess.Popen)->int|None: # None while it lives
     "Its exit code, as a shell counts"
@@ -73,12 +74,15 @@ def _wait(ranks:list)->int: # exit code of the whole
         if failed: return _end_all(ranks, failed[0])
     return max(codes)
 
-def _end_all(ranks:list, failed:int, seconds:float=.5)->int: # exit code of the one that failed
+def _end_all(ranks:list, failed:int, seconds:float=.5)->int: # exit code of the whole
+    "Give the others a moment to end by themselves, and say which rank has failed"
     end = time.monotonic() + seconds
     while None in map(_code, ranks) and time.monotonic() < end:
         time.sleep(.05)
-    alive = sum(_code(p) is None for p in ranks)
-    code, others = _code(ranks[failed]), f'; {alive} others are ended' if alive else ''
+    codes = [_code(p) for p in ranks]
+    if _TEMPORARY in codes: failed = codes.index(_TEMPORARY) # the others have lost their connection to it
+    code, alive = codes[failed], codes.count(None)
+    others = f'; {alive} others are ended' if alive else ''
     if alive or code > 128: # else each has said it itself
         write_line(f'llama-nb: rank {failed} has ended with exit code {code}{others}')
     return code
