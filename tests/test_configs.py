@@ -1,5 +1,6 @@
 "The run files in configs/ say what Table 2 says, and their layouts can be built and fit."
 import json, re, subprocess, sys
+from itertools import islice
 from pathlib import Path
 import pytest
 from llama_nb.config import PRESETS
@@ -7,6 +8,7 @@ from llama_nb.run_file import load_run
 from llama_nb.scale.memory import memory_line, memory_per_rank
 from llama_nb.settings import degrees
 from llama_nb.toy import toy_config
+from llama_nb.train.check import check_run
 from conftest import ENV, variant
 
 CONFIGS = Path(__file__).resolve().parent.parent/'configs'
@@ -52,6 +54,23 @@ def test_the_batch_is_shared_without_rest_and_the_estimate_fits(name):
     said = re.search(r'#   ([\d.]+ GB = .*)', (CONFIGS/f'{name}.toml').read_text())
     assert said.group(1) == memory_line(run, WORLD[name])
     assert sum(memory_per_rank(run, WORLD[name]).values()) < .9*A100
+
+def climb(): # (nodes, words of `llama-nb train`) of each command on the page
+    page = json.loads((CONFIGS.parent/'nbs'/'68_train.launch.ipynb').read_text(encoding='utf-8'))
+    text = next(''.join(cell['source']) for cell in page['cells'] if cell['id'] == 'many')
+    short = re.search(r'short="(.*)"', text).group(1)
+    found = re.findall(r'sbatch --nodes=(\d+) +configs/train.sbatch (.*)', text)
+    return [(int(nodes), words.replace('$short', short).split()) for nodes, words in found]
+
+def test_each_step_of_the_climb_can_begin():
+    "What `--check` says before it opens the text: settings, layout and memory, of GPUs with 80 GB"
+    seen = []
+    for nodes, (path, *more) in climb():
+        run = load_run(CONFIGS.parent/path, more)
+        assert len([*islice(check_run(run, 8*nodes, A100), 3)]) == 3
+        seen.append((nodes, run.out, run.train.steps))
+    assert [nodes for nodes, _, _ in seen] == [1, 2, 16, 256] and {steps for *_, steps in seen} == {50}
+    assert len({out for _, out, _ in seen}) == 4
 
 BUILD = """
 import json, sys, torch
