@@ -76,6 +76,21 @@ def test_a_run_trains_on_them(tmp_path, tokens, run_file, capsys, with_tokenizer
     code, said = main(['generate', out, '--max-new-tokens', '1']), capsys.readouterr().err
     assert code == 0 if with_tokenizer else (code == 2 and 'decode the ids with that one' in said)
 
+def test_documents_without_a_begin_cannot_be_kept_apart(tmp_path, tokens, run_file, capsys):
+    "Only a separator behind each: their borders would not be found, in silence"
+    shards = TokenShards(tokens/'train')
+    there = shards.read(0, shards.n_tokens)
+    np.save(tmp_path/'train.npy', there[there != 1])
+    assert ids(tmp_path/'ids', tmp_path/'train.npy', '--separator', 2, '--held-out', .3,
+               '--tokenizer', tokens/'tokenizer.model') == 0
+    path = run_file(3, name='ids')
+    path.write_text(path.read_text().replace(f'"{tokens}/', f'"{tmp_path}/ids/'))
+    capsys.readouterr()
+    for more in ([], ['--check']):
+        assert main(['train', str(path), '--data.documents', 'separate', *more]) == 2
+        assert 'do not begin with <s> (id 1)' in capsys.readouterr().err
+    assert main(['train', str(path)]) == 0
+
 @pytest.mark.parametrize('args, words', [
     ((), 'there are no files'), (('a.npy',), 'outside a vocabulary of 300'),
     (('a.txt',), 'neither .npy nor .bin'), (('a.bin',), 'name the type of the numbers in a.bin'),

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
 from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state, shift_after
-from ..data.mixture import make_loader, open_tokens
+from ..data.mixture import Mixture, make_loader, open_tokens
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer, check_tokenizer
 from ..files import write_atomic
@@ -125,7 +125,7 @@ def compiler_missing(device:torch.device)->str: # empty if it is there
     if device.type == 'cuda' and find_spec('triton') is None: return 'the package triton'
     if device.type not in _COMPILERS or sys.platform == 'win32': return ''
     variable, *usual = _COMPILERS[device.type]
-    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    names = os.environ.get(variable, '').split()[:1] or usual           # the first word: flags may follow
     if any(map(shutil.which, names)): return ''
     return f'a {"C" if variable == "CC" else "C++"} compiler ({" or ".join(usual)}, or {variable})'
 
@@ -169,7 +169,7 @@ def check_memory(config:RunConfig,
 # %% ../../nbs/67_train.run.ipynb #open-data
 def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     """The loader of the training text and the held-out shards. Raises `UserError` where they do not fit the
-    model or each other"""
+    model or each other, and for separate documents without `<s>`"""
     c, share = config.data, rank_and_size()                   # the files' sizes are dealt out to the ranks
     shards = open_tokens(c.train, share)
     held_out = open_tokens(c.held_out, share) if c.held_out else None
@@ -177,6 +177,8 @@ def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
     if held_out and held_out.tokenizer_digest != shards.tokenizer_digest:
         raise UserError(f'{c.train} and {c.held_out} were made by different tokenizers; '
                         'write both with the same one')
+    if c.documents == 'separate' and share[0] == 0:
+        for s in filter(None, (shards, held_out)): _check_begins(s, Tokenizer(shards.tokenizer_path).bos_id)
     return make_loader(shards, c.seq_len, c.batch_size, config.train.seed, c.shift), held_out
 
 def _check_vocabulary(shards:TokenShards, size:int, first:bool): # first: of the ranks
@@ -184,6 +186,12 @@ def _check_vocabulary(shards:TokenShards, size:int, first:bool): # first: of the
     if shards.vocab_size <= size: return
     raise UserError(f'the shards in {shards.folder} have a vocabulary of {shards.vocab_size}, '
                     f'the model only {size}; set model.vocab_size to {shards.vocab_size}')
+
+def _check_begins(tokens:TokenShards|Mixture, bos_id:int):
+    for shards in [s.shards for s in tokens.sources] if isinstance(tokens, Mixture) else [tokens]:
+        if shards.read(0, 1)[0] == bos_id: continue
+        raise UserError(f'documents in {shards.folder} do not begin with <s> (id {bos_id}), by which '
+                        'data.documents = separate knows them; write shards in which they do, or set cross')
 
 # %% ../../nbs/67_train.run.ipynb #open-folder
 def open_folder(config:RunConfig, shards:TokenShards,
