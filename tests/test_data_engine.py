@@ -8,6 +8,7 @@ from llama_nb.data.documents import Document, write_jsonl
 from llama_nb.data.engine import Job, describe, fingerprint, run_job, run_share, summary
 from llama_nb.data.formats import read_file
 from llama_nb.data.sources import read_documents
+from llama_nb.data.stage import Decision, Stage
 
 MODULE = '''
 import os, resource, signal, sys, time
@@ -192,6 +193,13 @@ def test_what_cannot_be_read_is_counted_and_nothing_else_is_lost(tmp_path):
     assert total['read'].unread == 3 and len(total['read'].problems) == 3
     assert [d.id for d in read_documents(tmp_path/'out'/'documents')] == ['1', '2']
     assert 'line 2, is not JSON' in (tmp_path/'out'/'report.md').read_text()
+
+@pytest.mark.parametrize('own', ['we keep this', {'a': 1}, None, 3, ['kept']])
+def test_a_users_own_field_of_the_name_decisions(own):
+    stage = Stage('keep', lambda doc: (doc, [Decision('keep.all', 0, 1, 2)]))
+    (doc,) = stage([Document('a text', 'a', metadata={'decisions': own, 'other': 5})])
+    earlier = own if isinstance(own, list) else []
+    assert doc.metadata == {'decisions': [*earlier, ['keep.all', 0, 1, 2]], 'other': 5}
 
 def test_the_reader_of_a_source_fits(tmp_path):
     from llama_nb.data.mediawiki import read_wikipedia, write_export

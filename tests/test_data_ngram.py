@@ -1,5 +1,5 @@
 "The n-gram model: sums, order and damage, ARPA files that lie, and odd text in the cleaner."
-import random
+import json, random
 from fractions import Fraction
 from functools import partial
 import numpy as np
@@ -112,6 +112,22 @@ def test_odd_documents_are_judged_and_none_is_lost(model):
     removed = sum(r.documents for name, r in stage.tally.rules.items())
     assert stage.tally.documents == len(ODD) and not stage.tally.unread
     assert len(kept) + removed >= len(ODD) - 1              # the empty one has no bytes to remove
+
+def test_no_document_has_a_perplexity_that_json_cannot_hold(model):
+    every = PerplexityRules(keep=('head', 'middle', 'tail'))
+    for text in ODD:
+        doc, decisions = clean_perplexity(Document(text, 'odd'), model, str.split, every)
+        json.dumps([d.value for d in decisions], allow_nan=False)
+        if doc: json.dumps(doc.metadata, allow_nan=False)
+    doc, (decision,) = clean_perplexity(Document('\u0301\u0301', 'accents'), model, str.split, every)
+    assert doc is None and decision.rule == 'perplexity.no_tokens' and decision.removed == 4
+
+def test_sentences_shorter_than_the_order():
+    model, trigrams = (train_ngrams([['a'], ['b']], NgramRules(order=n)) for n in (5, 3))
+    assert [len(keys) for keys in model.keys[3:]] == [0, 0]
+    for sentence in (['a'], ['a', 'b'], ['b', 'b', 'a', 'c', 'a', 'b'], []):
+        assert model.total([sentence]) == trigrams.total([sentence])
+        assert np.isfinite(model.total([sentence])[0])
 
 def test_normalising_what_cc_net_normalises():
     assert normalise('É１a\n「x」…') == 'e0a"x"...'

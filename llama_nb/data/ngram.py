@@ -132,6 +132,10 @@ def train_ngrams(sentences:Iterable[list[str]],
     return NgramModel(vocab, [level.keys for level in levels], logs, backoffs)
 
 # %% ../../nbs/73_data.ngram.ipynb #model
+def _at(values:np.ndarray, places:np.ndarray)->np.ndarray:
+    "The values at these places; 0 where a place is -1"
+    return np.where(places >= 0, values[places], 0) if len(values) else np.zeros(len(places))
+
 @dataclass
 class NgramModel:
     "An n-gram model with backoff; logarithms are to base 10"
@@ -166,8 +170,8 @@ class NgramModel:
         for n in range(2, self.order + 1):
             before = np.concatenate([[-1], at[:-1]])
             at = np.where(ids == BOS, -1, self.find(n, before, ids))
-            weight = np.where(before >= 0, self.backoffs[n - 2][before], 0)
-            score = np.where(at >= 0, self.logs[n - 1][at] if len(self.keys[n - 1]) else 0, score + weight)
+            weight = _at(self.backoffs[n - 2], before)
+            score = np.where(at >= 0, _at(self.logs[n - 1], at), score + weight)
         return np.where(ids == BOS, 0, score)
 
     def total(self, sentences:Iterable[list[str]])->tuple[float, int]: # log-probability, tokens with </s>
@@ -350,8 +354,10 @@ def fit_cutoffs(perplexities:Iterable[float], rules:PerplexityRules=PerplexityRu
 def clean_perplexity(doc:Document, model:NgramModel|KenlmModel, tokenise:Tokenise,
                      rules:PerplexityRules=PerplexityRules(),
                     )->tuple[Document|None, list[Decision]]:
-    "Keeps a document of the right bucket; notes `perplexity` and `bucket` in its metadata"
-    value = perplexity(model, sentences_of(doc.text, tokenise, rules.line_break))
+    "Keeps a document with tokens in the right bucket; notes `perplexity` and `bucket` in its metadata"
+    sentences = sentences_of(doc.text, tokenise, rules.line_break)
+    if not sentences: return None, [judge(doc, 'perplexity.no_tokens', 0, 1, False)]
+    value = perplexity(model, sentences)
     bucket = 'head' if value < rules.head else 'middle' if value < rules.tail else 'tail'
     fine = bucket in rules.keep
     limit = rules.tail if 'middle' in rules.keep else rules.head

@@ -167,7 +167,9 @@ class Stage:
 def _with_decisions(doc:Document, decisions:list[Decision])->Document:
     "The document with what the rules measured in its metadata"
     new = [[d.rule, d.removed, d.value, d.limit] for d in decisions]
-    return replace(doc, metadata={**doc.metadata, 'decisions': doc.metadata.get('decisions', []) + new})
+    earlier = doc.metadata.get('decisions')
+    if not isinstance(earlier, list): earlier = []          # none yet, or a field of the user's own
+    return replace(doc, metadata={**doc.metadata, 'decisions': earlier + new})
 
 # %% ../../nbs/70_data.stage.ipynb #report
 def amount(documents:int, n_bytes:int)->tuple[str, str]: # documents, MB
