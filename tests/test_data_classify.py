@@ -130,6 +130,10 @@ def test_examples_of_references_and_redpajamas_four_defects():
     menu = Document('menu', 'm')
     assert [a for a, _ in sorted(reference_examples(wiki, [menu, *cc]))] == ['cc', 'cc', 'wiki', 'wiki']
     assert reference_examples(wiki, cc) == reference_examples(wiki, cc[::-1])   # a sample, not the first
+    few = reference_examples(wiki[3:] + cc, wiki[:1])
+    assert sorted(label for label, _ in few) == ['cc', 'wiki']  # one of each
+    twice = reference_examples([*wiki, *wiki], [*cc, *cc])
+    assert twice == reference_examples(wiki, cc)                # equal ids, too
     theirs = reference_examples(wiki, [menu, *cc], preset(ReferenceRules, 'redpajama'))
     assert [a for a, _ in theirs] == ['wiki']*4 + ['cc']*4 and theirs[4][1] == 'menu'
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import UserError
 from ..files import replacing
-from .dedup import first_seen, text_key
+from .dedup import text_key
 from .documents import Document, extra_module
 from .stage import Decision, choice, judge
 from ..untrusted import open_regular
@@ -207,17 +207,22 @@ class ReferenceRules:
 def _examples(docs:Iterable[Document], repeated:bool, min_chars:int)->list[Document]:
     docs = [d for d in docs if len(d.text) >= min_chars]
     if repeated: return docs
-    keeps = first_seen((text_key(d.text), d.id) for d in docs)
-    return [d for d in docs if keeps(text_key(d.text), d.id)]
+    first = {}                                              # of equal texts that with the smallest id
+    for d in docs:
+        kept = first.setdefault(text_key(d.text), d)
+        if d.id < kept.id: first[text_key(d.text)] = d
+    return [*first.values()]
 
 def reference_examples(references:Iterable[Document], pages:Iterable[Document],
                        rules:ReferenceRules=ReferenceRules(),
                       )->list[tuple[str, str]]: # (label, text), for `train_classifier`
-    "As many random pages as references, in the order of training"
+    "As many random pages as references, in the order of training; what there is more of is sampled"
     wiki = _examples(references, rules.repeated, rules.min_chars)
     cc = _examples(pages, rules.repeated, 0 if rules.short_pages else rules.min_chars)
     def order(doc): return text_key(doc.text + doc.id)
-    cc = cc[:len(wiki)] if rules.first_pages else heapq.nsmallest(len(wiki), cc, key=order)
+    n = min(len(wiki), len(cc))
+    cc = cc[:n] if rules.first_pages else heapq.nsmallest(n, cc, key=order)
+    if len(wiki) > n: wiki = heapq.nsmallest(n, wiki, key=order)
     both = [(rules.label, d) for d in wiki] + [('cc', d) for d in cc]
     if not rules.in_order: both.sort(key=lambda pair: order(pair[1]))
     return [(label, d.text) for label, d in both]
