@@ -243,6 +243,11 @@ def test_the_report_shows_large_files_unless_they_must_be_read_as_a_whole(raw, t
         changed = source in ('commoncrawl', 'github', 'wikipedia', 'books', 'arxiv')
         assert ('<del>' in page) == changed
 
+def test_a_dump_that_is_read_as_a_whole_may_be_an_address(raw, tmp_path):
+    address = (raw/'stackexchange'/'math.stackexchange.com'/'Posts.xml').as_uri()
+    clean_source('stackexchange', {'math.stackexchange.com': address}, tmp_path)
+    assert '<h3><code>' in (tmp_path/'report.html').read_text()
+
 def test_a_changed_preset_is_refused_and_redone(raw, tmp_path):
     run(raw, 'github', tmp_path)
     before = contents(tmp_path)

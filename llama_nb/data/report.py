@@ -6,10 +6,10 @@
 __all__ = ['before_and_after', 'html_report', 'write_reports', 'result_text']
 
 # %% ../../nbs/7I_data.report.ipynb #imports
-import difflib, os
+import difflib
 from itertools import islice
 from pathlib import Path
-from .engine import report_text, summary
+from .engine import fingerprint, report_text, summary
 from .pipeline import CleaningPlan
 from .sources import cleaned_files, read_documents
 from .stage import Tally, amount
@@ -36,7 +36,8 @@ def before_and_after(plan:CleaningPlan, inputs:dict, out:Path, n:int=3
     made, unread = cleaned_files(out), Tally()              # it was reported when the file was cleaned
     for name in sorted(inputs):
         output = f'documents/{name}.jsonl.zst'
-        large = not plan.source.streams and os.path.getsize(inputs[name]) > _SMALL
+        size = fingerprint(str(inputs[name]))['bytes']
+        large = not plan.source.streams and (size is None or size > _SMALL)
         if large or not made[output]['documents']: continue
         docs = islice(plan.source.read(str(inputs[name]), unread.problem), _LOOK_AT)
         raw = {doc.id: doc.text[:_HEAD] for doc in docs}
@@ -102,7 +103,7 @@ def html_report(plan:CleaningPlan, total:dict[str, Tally], samples:list)->str: #
 
 # %% ../../nbs/7I_data.report.ipynb #write-reports
 def write_reports(plan:CleaningPlan, inputs:dict, out:Path, total:dict[str, Tally]):
-    "What was kept and what was removed: `report.md` and `report.html`. Raises `OSError`"
+    "What was kept and what was removed: `report.md` and `report.html`. Raises `OSError`, `UserError`"
     text = report_text(total) + ''.join(f'\nLeft out: {note}.\n' for note in plan.notes)
     write_atomic(out/'report.md', text.encode('utf-8', 'backslashreplace'))
     page = html_report(plan, total, before_and_after(plan, inputs, out))
