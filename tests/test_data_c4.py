@@ -155,6 +155,16 @@ def test_sentences_lose_nothing():
         assert ''.join(''.join(c4_sentences(text)).split()) == ''.join(text.split())
 
 
+@pytest.mark.parametrize('line', ['He said: darn', 'darn', 'Darn it all', 'oh darn it', 'darn-it', '(darn)'])
+@pytest.mark.parametrize('rules', [ARTICLE, replace(preset(C4Rules, 'strict'), min_sentences=1)])
+def test_a_bad_word_anywhere_in_a_line(rules, line, tmp_path):
+    (tmp_path / 'bad').write_text('darn\n')
+    rules = replace(rules, bad_words=str(tmp_path / 'bad'))
+    text = 'This is a line with words. ' * 5
+    assert clean_c4(Document(text + '\nMy socks need darning', 'x'), rules)[0]
+    assert clean_c4(Document(f'{text}\n{line}\n{text}', 'x'), rules)[0] is None
+
+
 def test_a_word_list_that_cannot_be_read_stops_the_stage(tmp_path):
     (tmp_path / 'empty').write_text('\n \n')
     (tmp_path / 'latin').write_bytes(b'\xe9\n')

@@ -29,7 +29,7 @@ class C4Rules:
     whole_page:bool = choice(False, 'brackets, filler text and bad words count in lines that go, too', 'c4',
                              strict=True)
     bad_words:str = choice('', 'a file with a word per line; pages that have one go', 'c4')
-    word_at_start:bool = choice(False, 'a bad word counts also at the beginning of a line', 'c4', strict=True)
+    word_at_start:bool = choice(False, 'a bad word counts also at either end of a line', 'c4', strict=True)
     unit:str = choice('lines', 'what is deduplicated: `lines` in the code, `spans` of three sentences in '
                       'the article', 'c4')
 
@@ -80,7 +80,7 @@ def _bad_words(path:str, word_at_start:bool)->re.Pattern|None:
     words = sorted({re.escape(line.strip().lower()) for line in lines} - {''})
     if not words: raise UserError(f'the list of bad words {path} is empty')
     one_of = '|'.join(words)
-    return re.compile(('(^|[^a-z])' if word_at_start else '[^a-z]') + f'({one_of})[^a-z]')
+    return re.compile(f'(?<![a-z])({one_of})(?![a-z])' if word_at_start else f'[^a-z]({one_of})[^a-z]')
 
 # %% ../../nbs/77_data.c4.ipynb #page-rules
 _PAGE_RULES = {                             # name -> which lines it sees, by the rule that they broke
