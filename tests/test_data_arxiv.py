@@ -204,6 +204,14 @@ def test_files_that_ask_for_each_other():
     doubling = document(main='\\documentclass{a}\\section{A}\\input{a}', **files, z='x')
     assert len(cleaned(doubling)) < 10**6
 
+@pytest.mark.parametrize('ask', ['\\subfile{parts/a}', '\\input{parts/a}', '\\import{parts/}{a}',
+                                 '\\subimport{parts}{a.tex}'])
+@pytest.mark.parametrize('kind', ['[../main]{subfiles}', '{standalone}', '{article}'])
+def test_a_file_that_could_stand_alone_does_not_end_the_paper(ask, kind):
+    inner = f'\\documentclass{kind}\\usepackage{{x}}\\begin{{document}}inner\\end{{document}}'
+    main = f'\\documentclass{{a}}\\begin{{document}}\\section{{A}}{ask} outer\\end{{document}}'
+    assert cleaned(document(**{'main': main, 'parts/a': inner})) == '\\section{A}inner outer'
+
 def test_a_file_that_ends_in_an_argument():
     doc = document(main='\\documentclass{a}\\def\\w#1{<#1>}\\section{A}\\input{b} c} d', b='\\w{b')
     assert cleaned(doc) == '\\section{A}\\w{b c} d'

@@ -70,6 +70,23 @@ def test_what_a_run_counts_is_what_it_took_out():
     assert (comments, tex.definition_bytes, tex.hidden_bytes) == (3, 9, 13)
     assert len(join_tokens(tex.out)) + comments + tex.definition_bytes + tex.hidden_bytes == len(text)
 
+@pytest.mark.parametrize('inline', [r'\lstinline|a % b|', r'\lstinline[language=C]!%d!',
+                                    r'\lstinline{printf("%d", {x})}', r'\mintinline{c}|a % b|',
+                                    r'\mintinline[breaklines]{c}{printf("%d", \x)}'])
+def test_no_comment_begins_in_verbatim_text_within_a_line(inline):
+    text = f'\\def\\x{{y}}\\section{{A}} x {inline} and y.\nMore. % gone'
+    assert expand_macros(text) == f'\\section{{A}} x {inline} and y.\nMore. '
+
+def test_the_branch_that_is_read_loses_its_fi():
+    for text, wanted in [(r'a \iffalse b \else c \fi d', 'a  c  d'),
+                         (r'\iffalse b\else\iffalse c\else d\ifx e\fi\fi\fi f', r' d\ifx e\fi f'),
+                         (r'\def\w#1{<#1>}\w{\iffalse b\else c\fi}d', '< c>d'),
+                         (r'a \iffalse b\else c', 'a  c')]:
+        tokens, _ = tokenise(text)
+        tex = run_tex(TexRun({'x': tokens}, work_limit(len(tokens))), 'x')
+        assert join_tokens(tex.out) == wanted, text
+        if not tex.expansions: assert len(wanted) + tex.hidden_bytes == len(text)
+
 def test_work_has_a_limit_whatever_the_macros_do():
     tokens, _ = tokenise(r'\def\a{' + 'x '*5000 + '}' + r'\a,'*5000)
     tex = run_tex(TexRun({'x': tokens}, limit=20_000), 'x')

@@ -34,8 +34,12 @@ def declared_encoding(files:dict[str, bytes])->str:
 
 # %% ../../nbs/7C_data.latex.ipynb #tokenise
 def _pattern(letters:str)->re.Pattern:
+    options = r'(?:\[[^\]\n]{0,200}\])?'
     return re.compile(rf'''
         (?P<whole> \\verb\*? (?P<bar>[^\w\s*]) [^\n]{{0,500}}? (?P=bar)
+                 | \\(?:lstinline{options} | mintinline{options}\{{\w{{1,30}}\}})
+                   (?: \{{(?:[^{{}}\n]|\{{[^{{}}\n]{{0,200}}\}}){{0,500}}\}}
+                     | (?P<sign>[^\w\s*{{\[]) [^\n]{{0,500}}? (?P=sign) )
                  | \\(?:url|href|path)\{{[^{{}}\s]*\}} )
         | (?P<comment> %[^\n]* )
         | \\(?:[{letters}]+ | . | $)  |  [ \t\n]+  |  \#{{1,2}}[1-9] | \#\#  |  [^\W_]+  |  .''', re.X | re.S)
@@ -339,12 +343,17 @@ def _retry_without(tex:TexRun, name:str)->bool:
     return True
 
 # %% ../../nbs/7C_data.latex.ipynb #acts
+_IMPORT = '\\import', '\\subimport'
+
 def _find_file(tex:TexRun, name:str)->str|None:
     name = posixpath.normpath(name.strip().strip('"'))
     return next((n for n in (name, name + '.tex') if n in tex.files), None)
 
-def _file_name(cursor:_Cursor)->str:
-    "In braces, or up to the next blank"
+def _file_name(cursor:_Cursor, command:str='\\input')->str:
+    "In braces, or up to the next blank; of `\\import`, folder and file"
+    if command in _IMPORT:
+        cursor.follows(('*',))
+        return posixpath.join(_file_name(cursor), _file_name(cursor))
     cursor.space()
     if cursor.peek() == '{': return ''.join(cursor.argument())
     found = []
@@ -357,20 +366,35 @@ def _input(tex:TexRun, token:str)->bool:
     "The tokens of a file, if it is there and not open already"
     cursor = _Cursor(tex)
     try:
-        name = _find_file(tex, _file_name(cursor))
+        name = _find_file(tex, _file_name(cursor, token))
     except _Mismatch:
         return False
     if not name or name in tex.open or tex.work > tex.limit: return False
     cursor.take()
-    _open(tex, name)
+    body = _body(tex.files[name])
+    tex.definition_bytes += n_bytes(''.join(tex.files[name])) - n_bytes(''.join(body))
+    _open(tex, name, body)
     return True
 
-def _open(tex:TexRun, name:str):
+def _open(tex:TexRun, name:str, tokens:list[str]):
     tex.read.append(name)
     tex.open.add(name)
     tex.work += len(tex.files[name])
-    tex.stack += ['\0' + name, *reversed(tex.files[name])]
+    tex.stack += ['\0' + name, *reversed(tokens)]
     tex.call = None
+
+def _body(tokens:list[str])->list[str]:
+    "Of a file that could stand alone, what the packages `subfiles` and `standalone` read: the document"
+    if '\\documentclass' not in tokens: return tokens
+    begins, ends = (_places(tokens, which) for which in ('\\begin', '\\end'))
+    if not begins: return tokens
+    end = next((i for i in ends if i > begins[0]), len(tokens))
+    return tokens[begins[0] + 4:end]
+
+def _places(tokens:list[str], which:str)->list[int]:
+    "Where documents begin, or end"
+    places = (i for i, token in enumerate(tokens) if token == which)
+    return [i for i in places if tokens[i + 1:i + 4] == ['{', 'document', '}']]
 
 def _end_input(tex:TexRun, token:str)->bool:
     while tex.stack and tex.stack[-1][0] != '\0':
@@ -390,7 +414,21 @@ def _if_false(tex:TexRun, token:str)->bool:
     except _Mismatch:
         return False
     tex.hidden_bytes += n_bytes('\\iffalse' + ''.join(cursor.take()))
+    if token == '\\else': _without_fi(tex)
     return True
+
+def _without_fi(tex:TexRun):
+    "Behind `\\iffalse` .. `\\else`: take out the `\\fi`, if it comes"
+    cursor, depth = _Cursor(tex), 1
+    try:
+        while depth:
+            token = cursor.next()
+            depth += bool(_IF.fullmatch(token)) - (token == '\\fi')
+    except _Mismatch:
+        return
+    del tex.stack[cursor.at]
+    if tex.call and cursor.at < tex.call.below: tex.call.below -= 1
+    tex.hidden_bytes += n_bytes('\\fi')
 
 def _xspace(tex:TexRun, token:str)->bool:
     follows = _Cursor(tex).peek()
@@ -399,12 +437,12 @@ def _xspace(tex:TexRun, token:str)->bool:
 
 # %% ../../nbs/7C_data.latex.ipynb #run
 _COMMANDS = {**dict.fromkeys((*_DEFINE, *_PREFIX), _define),
-         **dict.fromkeys(('\\input', '\\include', '\\subfile'), _input),
+         **dict.fromkeys(('\\input', '\\include', '\\subfile', *_IMPORT), _input),
          '\\endinput': _end_input, '\\iffalse': _if_false, '\\xspace': _xspace}
 
 def run_tex(tex:TexRun, name:str)->TexRun:
     "Read a file and those that it asks for; what is left stands in `out`"
-    _open(tex, name)
+    _open(tex, name, tex.files[name])
     while tex.stack:
         token = tex.stack.pop()
         if tex.call and len(tex.stack) < tex.call.below: tex.call = None
@@ -450,7 +488,7 @@ def input_files(files:dict[str, list[str]],     # name -> tokens
             if _COMMANDS.get(token) is not _input: continue
             tex.stack[:] = tokens[i + 1:i + 100][::-1]
             try:
-                found |= {_find_file(tex, _file_name(_Cursor(tex)))} - {name, None}
+                found |= {_find_file(tex, _file_name(_Cursor(tex), token))} - {name, None}
             except _Mismatch:
                 pass
     return found
