@@ -5,8 +5,8 @@ import pytest
 from llama_nb.core import UserError
 from llama_nb.data.documents import Document
 from llama_nb.data.github import (GithubRules, MAX_FILE, clean_code, clean_github, github_stages,
-                                  is_allowed, legal_header, licence_of_field, licence_of_text,
-                                  project_licence, read_project, redpajama_header)
+                                  is_allowed, legal_header, licence_of_field, licence_of_name,
+                                  licence_of_text, project_licence, read_project, redpajama_header)
 from llama_nb.data.stage import Stage, Tally, preset
 
 MIT = 'Permission is hereby granted, free of charge, to any person obtaining a copy\n'
@@ -50,6 +50,32 @@ def test_fields_that_are_no_permission(said): assert not is_allowed(licence_of_f
 def test_two_licences_in_one_text_bind_both():
     assert licence_of_text(MIT + 'GNU General\nPublic   License') == 'LicenseRef-GNU AND MIT'
     assert licence_of_text('') == ''
+
+BSD = 'Redistribution and use in source and binary forms ... to endorse or promote products. '
+
+@pytest.mark.parametrize('text, licence', [
+    (MIT + 'The Software shall be used for Good, not Evil.', 'JSON AND MIT'),
+    (MIT + '"Commons Clause" License Condition v1.0', 'LicenseRef-Commons-Clause AND MIT'),
+    (BSD + 'All advertising materials mentioning features or use of this software must', 'BSD-4-Clause'),
+    ('The Apache Software License, Version 1.1\n' + BSD, 'Apache-1.1'),
+    (BSD + "NO EXPRESS OR IMPLIED LICENSES TO ANY PARTY'S PATENT RIGHTS", 'BSD-3-Clause-Clear')])
+def test_a_text_with_one_more_condition_is_another_licence(text, licence):
+    assert licence_of_text(text) == licence_of_field(text) == licence
+    assert not is_allowed(licence, ALLOWED) and licence_of_text(BSD) == 'BSD-3-Clause'
+
+@pytest.mark.parametrize('said, licence', [
+    ('The MIT License (MIT)', 'MIT'), ('Apache License 2.0 (Apache-2.0)', 'Apache-2.0'),
+    ('MIT License (Expat)', 'MIT'), ('BSD License (3-clause)', 'BSD-3-Clause'),
+    ('MIT (Apache-2.0)', 'LicenseRef-MIT-Apache-2.0'), ('MIT (but ask us)', 'LicenseRef-MIT-but-ask-us'),
+    ('GPL (MIT)', 'LicenseRef-GPL-MIT'), ('(MIT)'*9, 'LicenseRef-' + '-'.join(['MIT']*9))])
+def test_a_name_that_is_repeated_in_brackets(said, licence): assert licence_of_name(said) == licence
+
+@pytest.mark.parametrize('name', ['license.go', 'license.py', 'license-header.txt', 'LICENSE.header',
+                                  'copying.c'])
+def test_files_that_only_sound_like_a_licence(tmp_path, name):
+    (tmp_path/'LICENSE.md').write_text(MIT)
+    (tmp_path/name).write_text('Copyright Somebody. Licensed under the GNU General Public License.')
+    assert project_licence(tmp_path) == 'MIT'
 
 # --- archives -----------------------------------------------------------------------------------
 

@@ -46,12 +46,16 @@ _NAMES = [(r'expat|mit', 'MIT'),
           (r'(new|modified|revised|3-clause) bsd|bsd[ ,-]*3-clause', 'BSD-3-Clause'),
           (r'(simplified|2-clause) bsd|bsd[ ,-]*2-clause', 'BSD-2-Clause'), ('bsd', 'LicenseRef-BSD')]
 
-def licence_of_name(name:str)->str: # SPDX
-    "What people call a licence, as an SPDX identifier; one of our own if it is of none of the three families"
+def _known_name(name:str)->str: # SPDX, '' if it is of none of the three families
     plain = re.sub(r'\b(the|licen[cs]e)\b|[()]', ' ', name.lower())
     plain = ' '.join(plain.split()).strip(' ,')
-    for pattern, spdx in _NAMES:
-        if re.fullmatch(pattern, plain): return spdx
+    return next((spdx for pattern, spdx in _NAMES if re.fullmatch(pattern, plain)), '')
+
+def licence_of_name(name:str)->str: # SPDX
+    "What people call a licence, as an SPDX identifier; one of our own if it is of none of the three families"
+    long, _, short = name.strip().removesuffix(')').rpartition('(')     # The MIT License (MIT)
+    known = _known_name(name) or _known_name(long)
+    if known and known in (_known_name(name), _known_name(short)): return known
     return 'LicenseRef-' + (re.sub(r'[^A-Za-z0-9.]+', '-', name[:60]).strip('-') or 'unknown')
 
 # %% ../../nbs/78_data.github.ipynb #of-text
@@ -59,14 +63,20 @@ _SENTENCES = {'MIT': 'permission is hereby granted, free of charge, to any perso
               'Apache-2.0': 'apache license version 2.0', 'LicenseRef-GNU': 'general public license',
               'ISC': 'permission to use, copy, modify, and/or distribute this software for any purpose',
               'MPL-2.0': 'mozilla public license', 'PSF-2.0': 'python software foundation license',
-              'LicenseRef-CC': 'creative commons', 'Unlicense': 'released into the public domain'}
+              'LicenseRef-CC': 'creative commons', 'Unlicense': 'released into the public domain',
+              'JSON': 'used for good, not evil', 'LicenseRef-Commons-Clause': 'commons clause',
+              'BSD-4-Clause': 'all advertising materials mentioning features',
+              'BSD-3-Clause-Clear': 'no express or implied licenses to any party s patent rights',
+              'Apache-1.1': 'apache software license, version 1.1'}
+_LIKE_BSD = {'BSD-4-Clause', 'BSD-3-Clause-Clear', 'Apache-1.1'}        # its text with one more condition
 _BSD, _ENDORSE = 'redistribution and use in source and binary forms', 'endorse or promote'
 
 def licence_of_text(text:str)->str: # SPDX, '' if nothing is recognised
     "Which licences a text contains"
     plain = ' '.join(re.sub(r'[^a-z0-9.,/]+', ' ', text.lower()).split())
     found = [name for name, sentence in _SENTENCES.items() if sentence in plain]
-    if _BSD in plain: found.append('BSD-3-Clause' if _ENDORSE in plain else 'BSD-2-Clause')
+    if _BSD in plain and _LIKE_BSD.isdisjoint(found):
+        found.append('BSD-3-Clause' if _ENDORSE in plain else 'BSD-2-Clause')
     return ' AND '.join(sorted(found))
 
 # %% ../../nbs/78_data.github.ipynb #of-metadata
@@ -331,9 +341,12 @@ _SAYS = [(r'METADATA|PKG-INFO', _from_metadata),
          (r'pyproject\.toml|Cargo\.toml|package\.json', _from_manifest),
          (r'(?i)(un)?licen[cs]e([.-].*)?|copying([.-].*)?', _from_text)]
 
+_NO_PROSE = tuple({*CODE} - {'.md', '.markdown', '.rst', '.html', '.tex'})
+
 def _speaker(name:str)->tuple|None: # depth, rank, whom to ask
     "Whether a file may state the licence of its project"
     *folders, last = PurePosixPath(name).parts or ['']
+    if last.endswith(_NO_PROSE) or re.search(r'(?i)[._-]header\b', last): return None
     for rank, (pattern, ask) in enumerate(_SAYS):
         if re.fullmatch(pattern, last): return len(folders), rank, ask
 
