@@ -196,6 +196,17 @@ def test_code_keeps_every_blank():
     code = '  if x:\n\n\n\ty = 1   # é\n      z'
     assert block_text(f'<p>a</p><pre><code>{code}\n</code></pre><p>b</p>') == f'a\n\n{code}\n\nb'
 
+@pytest.mark.parametrize('body, text', [
+    ('<ul>\n<li>\n<p>a</p>\n</li>\n<li><p>b</p><p>c</p></li></ul>', '- a\n\n- b\n\nc'),
+    ('<ul><li></li><li><p></p></li><li>a</li></ul>', '-\n-\n\n- a'),
+    ('<ul><li><div><p>a</p></div></li><li><pre>b\nc</pre></li></ul>', '- a\n\n-\n\nb\nc'),
+    ('<ul><li><ul><li>a</li></ul></li></ul>', '-\n   - a'),
+    ('<ol start="5"><li>a</li><li>b<ol><li>c</li></ol></li></ol>', '5. a\n6. b\n   1. c'),
+    ("<ol class=x START='0'><li>a</li></ol><ol start=x><li>b</li></ol>", '0. a\n\n1. b'),
+    ('<table><tr><th>n</th><th>f(n)</th></tr><tr><td>1</td><td>25</td></tr></table>', 'n f(n)\n1 25'),
+    ('<table><tr>\n<td> a </td>\n<td>b</td>\n</tr></table>', 'a b')])
+def test_lists_and_tables(body, text): assert block_text(body) == text
+
 # --- cleaning -----------------------------------------------------------------------------------
 
 def document(*scores, title='t'):

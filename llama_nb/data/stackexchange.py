@@ -204,38 +204,45 @@ def largest_sites(sizes:dict,           # site -> posts, which is how RedPajama 
 # %% ../../nbs/7E_data.stackexchange.ipynb #tokens
 _TAG = re.compile(r'<!--[^<>]*-->|<(/?)([a-zA-Z][a-zA-Z0-9]*)(?=[\s/>])[^<>]*>')
 _BLOCKS = frozenset('p div blockquote h1 h2 h3 h4 h5 h6 ul ol pre table tr hr dl dt dd br li'.split())
+_BESIDE = frozenset('p div h1 h2 h3 h4 h5 h6'.split())     # stand on the line of a list's sign
 _CLOSE = frozenset('li tr dt dd br'.split())               # a new line is enough; others want an empty one
 
-def _pieces(body:str)->Iterator[tuple[str, str]]: # (tag, such as /p; text that follows it)
+def _pieces(body:str)->Iterator[tuple[str, str, str]]: # (name, such as /p; the whole tag; text that follows)
     "The tags of a post in their order; comments are left out"
-    at, tag = 0, ''
+    at, tag, whole = 0, '', ''
     for found in _TAG.finditer(body):
-        yield tag, html.unescape(body[at:found.start()])
-        tag = (found[1] + found[2].lower()) if found[2] else ''
+        yield tag, whole, html.unescape(body[at:found.start()])
+        tag, whole = (found[1] + found[2].lower()) if found[2] else '', found[0]
         at = found.end()
-    yield tag, html.unescape(body[at:])
+    yield tag, whole, html.unescape(body[at:])
 
 # %% ../../nbs/7E_data.stackexchange.ipynb #html-text
 MAX_DEPTH = 20                  # of lists within lists that are indented further
 
 def block_text(body:str)->str:
     "A post as text: paragraphs, code and lists stand apart, everything else of its HTML is gone"
-    out, lists, in_pre = [], [], False
-    for tag, text in _pieces(body):
+    out, lists, in_pre, at_sign = [], [], False, False      # at_sign: only blanks since that of a list
+    for tag, whole, text in _pieces(body):
         name = tag.lstrip('/')
-        if name in ('ul', 'ol'): lists = _nested(lists, tag)
+        at_sign &= tag in _BESIDE
+        if name in ('ul', 'ol'): lists = _nested(lists, tag, whole)
         if name == 'pre': in_pre = tag == 'pre'
-        if name in _BLOCKS: out.append(('gap', _gap(name, bool(lists))))
+        if name in _BLOCKS and not at_sign: out.append(('gap', _gap(name, bool(lists))))
+        if name in ('td', 'th') and not in_pre: out.append(('text', ' '))
         if tag == 'li': out.append(('as it is', _bullet(lists)))
+        at_sign = (at_sign or tag == 'li') and not text.strip()
         out.append(('as it is', text) if in_pre else ('text', re.sub(r'[ \t\r\n]+', ' ', text)))
     return _joined(out)
 
 def _gap(name:str, inside:bool)->str: # inside: of a list
     return '\n' if name in _CLOSE or (inside and name in ('ul', 'ol')) else '\n\n'
 
-def _nested(lists:list, tag:str)->list: # of [kind, items so far]
+_START = re.compile(r'(?i)\sstart\s*=\s*["\']?(\d{1,9})\b')
+
+def _nested(lists:list, tag:str, whole:str)->list: # of [kind, number of the last item]
     if tag.startswith('/'): return lists[:-1]
-    return lists + [[tag, 0]] if len(lists) < MAX_DEPTH else lists
+    start = _START.search(whole)
+    return lists + [[tag, int(start[1]) - 1 if start else 0]] if len(lists) < MAX_DEPTH else lists
 
 def _bullet(lists:list)->str:
     if not lists: return '- '
@@ -263,7 +270,7 @@ def _joined(pieces:list[tuple[str, str]] # ('text', ...), ('as it is', ...), ('g
 def redpajama_text(body:str)->str:
     "What version 1 of RedPajama makes of HTML"
     for tag in ('li', 'ol'): body = body.replace(f'<{tag}>', '\n*').replace(f'</{tag}>', '')
-    return ''.join(text for _, text in _pieces(body))
+    return ''.join(text for _, _, text in _pieces(body))
 
 TEXTS = {'blocks': block_text, 'redpajama': redpajama_text}
 
