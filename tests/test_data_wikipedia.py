@@ -85,6 +85,18 @@ def test_agrees_with_the_parsers_own_stripping_where_that_is_right():
         text = some(5)
         assert clean(text, rules=rules)[0].text.split() == parse(text).strip_code().split(), text
 
+@pytest.mark.parametrize('wikitext, text', [
+    ('{{val|2.99792458|e=8|u=m/s}}', '2.99792458×10^8 m/s'), ('{{val|5|ul=km}}', '5 km'), ('{{val|5}}', '5'),
+    ('{{convert|6|ft|2|in|m}}', '6 ft 2 in'), ('{{convert|5|km|mi|0}}', '5 km'),
+    ('{{convert|5|km|0}}', '5 km'),
+    ('{{convert|1|to|2|km}}', '1 to 2 km'), ('{{formatnum:1234567}}', '1234567'),
+    ('{{formatnum: {{nowrap|12}} }}', '12'), ('{{formatnum|12}}', '12'),
+    ('[[mw:Manual|the manual]]', 'the manual'), ('[[rfc:2616|RFC 2616]]', 'RFC 2616'),
+    ('[[doi:10.1/x|this paper]]', 'this paper'), ('[[de:Haus]]', ''), ('[[zh-min-nan:X]]', ''),
+    ('[[doh:X]]', ''), ('[[mwl:X]]', '')])
+def test_numbers_and_links_that_are_written_out(wikitext, text):
+    assert clean(f'a {wikitext} b')[0].text.split() == ['a', *text.split(), 'b']
+
 @pytest.mark.parametrize('language', LANGUAGES)
 def test_pictures_and_categories_in_every_language(language):
     names = LANGUAGES[language]

@@ -105,7 +105,7 @@ class _Walk:
 
 # %% ../../nbs/7A_data.wikipedia.ipynb #links
 _OPTION = re.compile(r'\s*(?:[\w-]+|\d*x?\d+ ?px|\w+ *=.*|)\s*')
-_TRANSLATION = re.compile('[a-z]{2,3}(?:-[a-z]+)*|simple')
+_TRANSLATION = re.compile('(?!(?:mw|rfc|doi|hdl|voy|wmf|irc)$)[a-z]{2,3}(?:-[a-z]+)*|simple')   # other sites
 
 class _Links:
     "Nodes that lead elsewhere"
@@ -146,6 +146,7 @@ _WORDS = {'lang': '2', 'transl': '2', 'langx': '2', 'nowrap': '1', 'nobr': '1', 
           'unité': '1 2', 'formatnum': '1', 'langue': '2'}
 _SIGNS = {'!': '|', '·': ' · ', '•': ' • ', 'ndash': '–', 'mdash': '—', 'snd': ' – ', 'spaced ndash': ' – ',
           "'": "'", 'nbsp': ' ', '=': '=', 'pipe': '|'}
+_NUMBER = re.compile(r'[\d.,/+]+')
 _RANGES = {'to', 'and', 'or', '-', '–', 'x', 'by', 'to(-)', '+/-'}
 
 class _Templates:
@@ -159,11 +160,19 @@ class _Templates:
 
     def _written(self, name:str, node)->str|None:
         if name in _SIGNS: return _SIGNS[name]
+        if name.startswith('formatnum:'): return self.code(node.name).partition(':')[2].strip()
         places = _WORDS.get(name, '1' if name.startswith('lang-') else '')
         if name in ('convert', 'cvt'):
-            places = '1 2 3 4' if node.has('2') and str(node.get('2').value).strip() in _RANGES else '1 2'
-        given = [self.code(node.get(p).value).strip() for p in places.split() if node.has(p)]
+            second, third = (str(node.get(p).value).strip() if node.has(p) else '' for p in '23')
+            more = second in _RANGES or node.has('4') and _NUMBER.fullmatch(third)      # 6 to 7 ft, 6 ft 2 in
+            places = '1 2 3 4' if more else '1 2'
+        given = self._given(node, *places.split())
+        if name == 'val' and given:
+            given = ['×10^'.join([*given, *self._given(node, 'e')]), *self._given(node, 'u', 'ul')]
         return ('' if name == 'chem' else ' ').join(given) if given else None
+
+    def _given(self, node, *places:str)->list[str]:
+        return [self.code(node.get(p).value).strip() for p in places if node.has(p)]
 
     def argument(self, node)->str: return self.drop('templates', node)
 
