@@ -200,6 +200,7 @@ def test_code_keeps_every_blank():
     ('<ul>\n<li>\n<p>a</p>\n</li>\n<li><p>b</p><p>c</p></li></ul>', '- a\n\n- b\n\nc'),
     ('<ul><li></li><li><p></p></li><li>a</li></ul>', '-\n-\n\n- a'),
     ('<ul><li><div><p>a</p></div></li><li><pre>b\nc</pre></li></ul>', '- a\n\n-\n\nb\nc'),
+    ('<ol><li><blockquote><p>a</p></blockquote></li></ol>', '1. a'),
     ('<ul><li><ul><li>a</li></ul></li></ul>', '-\n   - a'),
     ('<ol start="5"><li>a</li><li>b<ol><li>c</li></ol></li></ol>', '5. a\n6. b\n   1. c'),
     ("<ol class=x START='0'><li>a</li></ol><ol start=x><li>b</li></ol>", '0. a\n\n1. b'),

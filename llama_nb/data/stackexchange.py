@@ -204,7 +204,7 @@ def largest_sites(sizes:dict,           # site -> posts, which is how RedPajama 
 # %% ../../nbs/7E_data.stackexchange.ipynb #tokens
 _TAG = re.compile(r'<!--[^<>]*-->|<(/?)([a-zA-Z][a-zA-Z0-9]*)(?=[\s/>])[^<>]*>')
 _BLOCKS = frozenset('p div blockquote h1 h2 h3 h4 h5 h6 ul ol pre table tr hr dl dt dd br li'.split())
-_BESIDE = frozenset('p div h1 h2 h3 h4 h5 h6'.split())     # stand on the line of a list's sign
+_BESIDE = frozenset('p div blockquote h1 h2 h3 h4 h5 h6'.split())  # stand on the line of a list's sign
 _CLOSE = frozenset('li tr dt dd br'.split())               # a new line is enough; others want an empty one
 
 def _pieces(body:str)->Iterator[tuple[str, str, str]]: # (name, such as /p; the whole tag; text that follows)
