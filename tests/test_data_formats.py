@@ -223,6 +223,28 @@ def test_another_column_is_another_job(tmp_path, tokens, capsys):
     code, _, err = said(capsys, *args, '--text-key', 'a')
     assert code == 2 and 'text_key' in err and 'another job' in err
 
+@pytest.mark.parametrize('sources', [['.'], ['texts'], ['texts/**/*'], ['text*', 'texts/1.txt']])
+def test_a_result_within_a_source_is_no_text(texts, tokens, monkeypatch, capsys, sources):
+    "So the same command goes on, wherever its folder lies"
+    monkeypatch.chdir(texts.parent)
+    args = 'data', 'texts/out', *sources, '--tokenizer', tokens/'tokenizer.model', '--workers', 1
+    first, again = said(capsys, *args), said(capsys, *args)
+    assert first == again and first[0] == 0 and 'read      40 documents in 40 files' in first[1]
+    for out in ('.', 'texts'):
+        code, _, err = said(capsys, 'data', out, out, *args[-4:])
+        assert code == 2 and f'{out} is the folder of the result, and a source' in err
+    assert {p.name for p in texts.iterdir()} == {f'{i}.txt' for i in range(40)} | {'out'}
+
+def test_text_in_the_folder_of_the_result_is_not_passed_over(texts, tokens, monkeypatch, capsys):
+    monkeypatch.chdir(texts.parent)
+    tail = '--tokenizer', tokens/'tokenizer.model', '--workers', 1
+    code, _, err = said(capsys, 'data', 'texts', '.', *tail)
+    assert code == 2 and 'choose a new folder for the result' in err and err.count('\n') == 1
+    (texts/'a').mkdir()
+    (texts/'1.txt').rename(texts/'a'/'1.txt')
+    inner = 'data', 'texts', 'texts/a', 'texts/2*', *tail, '--held-out', .5     # all of it lies in there
+    assert said(capsys, *inner) == said(capsys, *inner) and said(capsys, *inner)[0] == 0
+
 def test_standard_input_gives_the_shards_of_a_file_and_leaves_no_copy(texts, tokens, tmp_path, capsys,
                                                                       monkeypatch):
     lines = ''.join(json.dumps({'body': p.read_text(), 'id': p.name}) + '\n' for p in sorted(texts.iterdir()))

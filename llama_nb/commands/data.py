@@ -129,7 +129,7 @@ class Data:
         tokenizer, found = Tokenizer(self.tokenizer), Reading(bool(self.skip_bad))
         hint_at_losses(tokenizer)
         if self.sources == PYTHON: return self.write_python(tokenizer)
-        files = text_files(self.sources, found.problem, found.left_out, self.stdin)
+        files = text_files(self.sources, found.problem, found.left_out, self.stdin, self.out)
         made, reading = tokenise(files, tokenizer, self.out, self.held_out, self.tokens_per_shard,
                                  self.workers, redo=bool(self.redo), progress=sys.stderr.isatty(),
                                  text_key=self.text_key, skip_bad=found.skip_bad)

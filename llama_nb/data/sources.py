@@ -65,14 +65,23 @@ class Reading:
         return f'read      {self.documents:,} documents in {self.files:,} files\nleft out  {left}'
 
 # %% ../../nbs/15_data.sources.ipynb #walk
+def _in_result(path, out:Path|None)->bool: # out: a real path, or None
+    "Whether a path lies in the folder of the result. Raises `UserError` if something else does, too"
+    if out is None or not Path(os.path.realpath(path)).is_relative_to(out): return False
+    if (out/'job.json').is_file() or all(name[0] == '.' for name in os.listdir(out)): return True
+    raise UserError(f'{out} is the folder of the result, lies in a source and has other files; '
+                    'choose a new folder for the result')
+
 def _walk(folder:Path, report:Report,
           left_out:Counter|None=None, # counts what is hidden, which is not read then
+          out:Path|None=None,         # of the result, which is not read
          )->Iterator[Path]:
     "The files of a folder; what cannot be looked into is reported"
     def failed(error):
         if is_temporary(error): raise error
         report(error.filename, f'cannot be read: {error.strerror}')
     for place, folders, files in os.walk(folder, onerror=failed):
+        folders[:] = [name for name in folders if not _in_result(Path(place, name), out)]
         seen = len(folders) + len(files)
         if left_out is not None:
             folders[:] = [name for name in folders if name[0] != '.']
@@ -133,35 +142,43 @@ def _cleaned(folder:Path)->list[Path]:
 # %% ../../nbs/15_data.sources.ipynb #source
 STDIN = '-'
 
-def _below(path:Path, report:Report, left_out:Counter)->Iterator[Path]:
+def _below(path:Path, report:Report, left_out:Counter, out:Path|None)->Iterator[Path]:
     "The files at a path that is there"
     found = [path]
-    if path.is_dir(): found = _cleaned(path) if _is_cleaned(path) else _walk(path, report, left_out)
+    if path.is_dir(): found = _cleaned(path) if _is_cleaned(path) else _walk(path, report, left_out, out)
     yield from (p for p in sorted(found) if _is_file(p, report))
 
-def _files_of(source:str, report:Report, left_out:Counter)->Iterator[tuple[str, str]]: # (name, path)
-    "The files of a source. Raises `UserError` if there is nothing of this name"
+def _files_of(source:str, report:Report, left_out:Counter,
+              out:Path|None, # folder of the result, which is not read
+             )->Iterator[tuple[str, str]]: # (name, path)
+    "The files of a source. Raises `UserError` if there is nothing of this name, or it is the result's"
     path, found = Path(source), [source]
     root = path if path.is_dir() else path.parent
     if not os.path.lexists(path):
         found = sorted(glob.glob(source, recursive=True))
         root = Path(*takewhile(lambda part: not re.search('[*?[]', part), path.parts))
+    if out and out == Path(os.path.realpath(source)):
+        raise UserError(f'{source} is the folder of the result, and a source; choose another for the result')
+    if out and Path(os.path.realpath(root)).is_relative_to(out): out = None     # all of it lies in there
+    found = [place for place in found if not _in_result(place, out)]
     if not found: raise UserError(f'there is no file or folder {source}, and none that fits it as a pattern')
     for place in found:
-        for p in _below(Path(place), report, left_out): yield p.relative_to(root).as_posix(), str(p)
+        for p in _below(Path(place), report, left_out, out): yield p.relative_to(root).as_posix(), str(p)
 
 # %% ../../nbs/15_data.sources.ipynb #text-files
 def text_files(sources,                       # one or several: files, folders, patterns, or `-`
                report:Report=refuse,
                left_out:Counter|None=None,    # counts what is hidden
                stdin:str='.jsonl',            # the ending that standard input would have as a file
+              out=None,                      # folder of the result, which is not read
               )->list[tuple[str, str]]:       # (name, path); the path of standard input is `-`
     "The files of all sources. Raises `UserError` if there are none, or a package is missing that they need"
     sources = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
     found, left_out = {}, Counter() if left_out is None else left_out
+    out = Path(os.path.realpath(out)) if out else None
     for source in sources:
         piped = [(f'stdin.{stdin.lstrip(".")}', STDIN)]
-        files = piped if source == STDIN else _files_of(source, report, left_out)
+        files = piped if source == STDIN else _files_of(source, report, left_out, out)
         for name, path in files: found.setdefault(os.path.realpath(path), (name, path))
     times = Counter(name for name, _ in found.values())
     files = [(name if times[name] == 1 else Path(path).as_posix(), path) for name, path in found.values()]

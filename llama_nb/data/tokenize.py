@@ -322,7 +322,8 @@ def tokenise(documents,                      # a folder or a file, or [(name, pa
     Raises `UserError` for a mistake, `TemporaryError` if a worker dies or the disk is full"""
     check_fraction(held_out)
     if tokens_per_shard < 1: raise UserError(f'tokens_per_shard must be at least 1, not {tokens_per_shard}')
-    files, workers = documents if isinstance(documents, list) else text_files(documents), workers or cores()
+    files, workers = documents, workers or cores()
+    if not isinstance(files, list): files = text_files(documents, out=out)
     if not files: raise UserError('there are no files to tokenise')
     job = TokenJob(str(tokenizer.path), tokenizer.digest, tokenizer.vocab_size, held_out, tokens_per_shard,
                    unit_bytes, text_key, skip_bad)
