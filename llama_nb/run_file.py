@@ -26,7 +26,7 @@ def read_toml(path,
              )->dict:
     "The tables of a TOML file. Raises `UserError` if it cannot be read or is none"
     try:
-        text = read_bounded(path, limit).decode('utf-8')
+        text = read_bounded(path, limit).decode('utf-8-sig')      # some editors begin with a mark
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read {path}: {getattr(e, "strerror", e)}') from e
     try:

@@ -2,12 +2,14 @@
 import bz2, csv, gzip, io, json, lzma, os, random, sys
 import pytest
 from llama_nb.cli import main
+from llama_nb.commands.run import read_prompts
 from llama_nb.core import UserError
 from llama_nb.data.documents import zstd_module
 from llama_nb.data.formats import read_file
 from llama_nb.data.sources import Reading, read_documents, text_files
 from llama_nb.data.tokenize import tokenise
 from llama_nb.data.tokenizer import Tokenizer
+from llama_nb.run_file import read_toml
 
 PACKERS = {'': bytes, '.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress,
            '.zst': lambda data: zstd_module().compress(data)}
@@ -92,6 +94,41 @@ def test_of_a_file_that_is_cut_off_the_beginning_is_read_and_the_rest_is_named(t
     assert len(found) - lost < len(texts) and found[:len(found) - 1] == texts[:len(found) - 1]
     assert f'{path.name} was not read to its end' in told[-1] and '(damaged after line ' in told[-1]
     with pytest.raises(UserError, match=f'{path.name} is cut off or damaged'): [*read_file(path, path.name)]
+
+MARK = '\ufeff'.encode()
+
+@pytest.mark.parametrize('kind, data', [
+    ('.txt', 'Wörter\r\n'), ('.py', '# é\n'), ('.html', '<p>Wörter</p>'), ('.csv', 'text\nWörter\n'),
+    ('.tsv', 'n\ttext\n1\tWörter\n'), ('.jsonl', '{"text": "Wörter"}\n{"text": "é"}\n')])
+def test_a_byte_order_mark_is_no_text(tmp_path, kind, data):
+    "Nor is a file that has one and is damaged told of a wrong place"
+    (tmp_path/f'plain{kind}').write_bytes(data.encode())
+    (tmp_path/f'marked{kind}').write_bytes(MARK + data.encode())
+    plain, marked = ([*read_file(tmp_path/f'{name}{kind}', f'x{kind}')] for name in ('plain', 'marked'))
+    assert plain == marked and plain
+    (tmp_path/'bad.txt').write_bytes(MARK + b'caf\xe9')
+    with pytest.raises(UserError, match='byte 6, in line 1, is 0xe9'): [*read_documents(tmp_path/'bad.txt')]
+
+def test_files_with_byte_order_marks_may_be_joined_and_cut(tmp_path, tokenizer):
+    "What a worker sees as its first line may be any"
+    rows = [json.dumps({'text': f'text {i}'}).encode() + b'\n' for i in range(40)]
+    (tmp_path/'a.jsonl').write_bytes(MARK + MARK.join(rows) + MARK)
+    for unit in (100, 10**6):
+        out = tmp_path/f'{unit}'
+        made, reading = tokenise(tmp_path/'a.jsonl', tokenizer, out, .3, workers=1, unit_bytes=unit)
+        assert (reading.documents, reading.unread) == (40, 0)
+        assert sum(s.n_bytes for s in made.values()) == sum(len(f'text {i}') for i in range(40))
+
+def test_a_byte_order_mark_hides_no_long_line(tmp_path):
+    row = b'{"x": [' + b'{},'*2**21 + b'{}], "text": ""}\n'
+    (tmp_path/'a.jsonl').write_bytes(MARK + row)
+    with pytest.raises(UserError, match='bytes beside its text'): [*read_documents(tmp_path/'a.jsonl')]
+
+def test_prompts_and_run_files_with_a_byte_order_mark(tmp_path):
+    (tmp_path/'prompts.txt').write_bytes(MARK + b'The\r\nA\n')
+    (tmp_path/'run.toml').write_bytes(MARK + b'out = "runs/x"\n')
+    assert read_prompts(tmp_path/'prompts.txt') == ['The', 'A']
+    assert read_toml(tmp_path/'run.toml') == {'out': 'runs/x'}
 
 # --- Parquet --------------------------------------------------------------------------------------
 

@@ -129,10 +129,10 @@ def read_prompts(path:str # of a file; `-` is standard input
     data = sys.stdin.buffer.read(PROMPT_BYTES + 1) if path == '-' else read_bounded(path, PROMPT_BYTES)
     if len(data) > PROMPT_BYTES: raise UserError(f'{path} has more than {PROMPT_BYTES:,} bytes of prompts')
     try:
-        lines = data.decode('utf-8').replace('\r\n', '\n').split('\n')
+        text = data.decode('utf-8').removeprefix('\ufeff')     # the mark of some editors is no prompt
     except UnicodeDecodeError as e:
         raise UserError(f'{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x}') from None
-    prompts = [line for line in lines if line.strip()]
+    prompts = [line for line in text.replace('\r\n', '\n').split('\n') if line.strip()]
     if prompts: return prompts
     raise UserError(f'{path} has no prompts; write one per line')
 

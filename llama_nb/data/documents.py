@@ -10,7 +10,7 @@ __all__ = ['MAX_GROWTH', 'DECOMPRESSORS', 'Report', 'MAX_LINE', 'MAX_BESIDE', 'M
            'split_documents', 'check_sides']
 
 # %% ../../nbs/11_data.documents.ipynb #imports
-import bz2, gzip, hashlib, io, json, lzma, platform, sys, sysconfig, zlib
+import bz2, codecs, gzip, hashlib, io, json, lzma, platform, sys, sysconfig, zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -244,6 +244,7 @@ def json_lines(stream:BinaryIO,
               )->Iterator[Document]:
     "One document per line. A line that cannot be read is reported"
     for n, line in stream_lines(stream, place, report):
+        line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip(): continue
         doc = _json_document(line, f'{place}, line {n},', name, report, text_key)
         if doc is not None: yield doc

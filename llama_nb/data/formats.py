@@ -32,7 +32,7 @@ def read_text(stream:BinaryIO, place:str, name:str, report:Report, text_key:str=
     data = _whole(stream, place, report)
     if data is None: return
     try:
-        yield Document(data.decode('utf-8'), name, name)
+        yield Document(data.decode('utf-8').removeprefix('\ufeff'), name, name)
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
         why = f'is not UTF-8: byte {e.start:,}, in line {line:,}, is 0x{data[e.start]:02x}'
