@@ -16,42 +16,52 @@ from .core import UserError, choose
 from .settings import all_fields, setting_names
 
 # %% ../nbs/03_flags.ipynb #parse-flags
+_CONFIG = tyro.conf.FlagConversionOff,
+
 def parse_flags(cls,           # a dataclass
                 args,          # '--train.steps', '100', ...
                 prog:str='llama-nb', # name of the command, for the help
                 shown_as=None, # a class for the help; `cls` if None
                ):              # an instance of `cls`
     "Read a dataclass from command-line settings. Raises `UserError` in one line; `--help` prints and leaves"
-    for a in args:
-        if a.startswith('--') and a != '--help':
-            name = a[2:].split('=')[0].replace('-', '_')
-            choose(setting_names(cls), name, 'setting')
+    _check_names(cls, args)
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            parsed = shown_as if shown_as and '--help' in args else cls
-            words = _collected(cls, args)
-            return tyro.cli(parsed, args=words, prog=prog, config=(tyro.conf.FlagConversionOff,))
+            if {'--help', '-h'} & {*args}:
+                return tyro.cli(shown_as or cls, args=args, prog=prog, config=_CONFIG)
+            words = _one_by_one(cls, args)
+            return tyro.cli(cls, args=words, prog=prog, config=(*_CONFIG, tyro.conf.UseAppendAction))
     except SystemExit as e:
         if e.code in (0, None): raise
     raise UserError(f'{_explain(cls, _first_words(shown.getvalue()))}; see {prog} --help')
 
 # %% ../nbs/03_flags.ipynb #collected
-def _collected(cls, args)->list[str]:
-    "The arguments, with all words of a flag that takes several behind its first place"
-    several = {f'--{f.name}' for f in fields(cls) if get_origin(f.type) is tuple}
-    groups, first = [], {}                                   # each a flag and its words
+def _several(cls)->set[str]:
+    "The flags that take several words"
+    return {f'--{f.name}' for f in fields(cls) if get_origin(f.type) is tuple}
+
+def _check_names(cls, args):
+    "Raise `UserError` for a flag that no field has"
+    last = ''
     for word in args:
-        flag, equals, value = word.partition('=')
-        if flag in several:                                  # its words go where it first stood
-            if flag not in first: groups.append(first.setdefault(flag, [flag]))
-            last = first[flag]
-            last += [value] if equals else []
-        elif word.startswith('--') or not groups:            # another flag, or what stands before all flags
-            groups.append(last := [word])
-        else:                                                # a word of the flag before it
-            last.append(word)
-    return [word for group in groups for word in group]
+        if not word.startswith('--') or word == '--help': continue
+        flag = word.partition('=')[0]
+        try:
+            choose(setting_names(cls), flag[2:].replace('-', '_'), 'setting')
+        except UserError as e:
+            if last not in _several(cls): raise
+            raise UserError(f'{e}; a text that begins with dashes is written {last}=TEXT') from None
+        last = flag
+
+def _one_by_one(cls, args)->list[str]:
+    "The arguments, with each word of a flag that takes several as `--flag=word`"
+    several, flag, words = _several(cls), '', []
+    for word in args:
+        if word.startswith('--'): flag = word.partition('=')[0]
+        if flag not in several or word.startswith(f'{flag}='): words.append(word)
+        elif word != flag: words.append(f'{flag}={word}')
+    return words
 
 # %% ../nbs/03_flags.ipynb #first-words
 def _first_words(box:str)->str:

@@ -216,6 +216,19 @@ def test_a_prompt_given_twice_is_two_prompts(monkeypatch):
         assert cli.main(['generate', *words.split()]) == 0
     assert [(g.folder, g.prompt) for g in asked] == [('RUN', ('a', 'b'))]*2
 
+def test_a_prompt_may_begin_with_dashes(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli.Generate, 'run', lambda self: asked.append(self.prompt) or 0)
+    for words in (['--prompt=--foo', '--n', '1'], ['--prompt=--- a'], ['--prompt', 'b', '--prompt=--n=1'],
+                  ['--prompt', '- c', '-d']):
+        assert cli.main(['generate', 'RUN', *words]) == 0
+    assert asked == [('--foo',), ('--- a',), ('b', '--n=1'), ('- c', '-d')]
+    capsys.readouterr()
+    assert cli.main(['generate', 'RUN', '--prompt', '--- a']) == 2
+    assert 'begins with dashes is written --prompt=TEXT' in capsys.readouterr().err
+    assert cli.main(['generate', 'RUN', '--n', '1', '--prompd', 'a']) == 2
+    assert 'TEXT' not in capsys.readouterr().err
+
 def test_a_usage_line_names_what_it_wants(capsys):
     for line, words in (('convert', 'RUN FILE'), ('generate', 'RUN'), ('data clean', 'SOURCE PATH ...'),
                         ('init', 'TOKENS FILE')):
