@@ -105,11 +105,14 @@ def take_flag(args:list[str],
     at = next((i for i, a in enumerate(args) if a in names), None)
     if at is None: return False, None, args
     before, after = args[:at], args[at + 1:]
-    if not after or after[0].startswith('--') or after[0].endswith('.toml') or Path(after[0]).is_dir():
-        return True, None, before + after
+    if not after: return True, None, before
     try:
         number = kind(after[0])
     except ValueError:
+        if _is_no_number(after[0]): return True, None, before + after
         number = 0
     if not 0 < number < 1e9: raise UserError(f'{flag} takes a number above 0, not {after[0]!r}')
     return True, number, before + after[1:]
+
+def _is_no_number(word:str)->bool: # but another flag or a run
+    return word.startswith('--') or word.endswith('.toml') or Path(word).is_dir()

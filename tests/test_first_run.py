@@ -12,7 +12,7 @@ from llama_nb.config import PRESETS
 from llama_nb.core import UserError
 from llama_nb.data.mixture import text_facts, write_mixture
 from llama_nb.data.shards import TokenShards
-from llama_nb.flags import parse_flags
+from llama_nb.flags import parse_flags, take_flag
 from llama_nb.run_file import batch_for, load_run
 from llama_nb.settings import RunConfig, setting_names
 from llama_nb.train import first_run, run
@@ -228,6 +228,16 @@ def test_a_prompt_may_begin_with_dashes(monkeypatch, capsys):
     assert 'begins with dashes is written --prompt=TEXT' in capsys.readouterr().err
     assert cli.main(['generate', 'RUN', '--n', '1', '--prompd', 'a']) == 2
     assert 'TEXT' not in capsys.readouterr().err
+
+@pytest.mark.parametrize('flag, word, number', [('--dry-run', '8', 8), ('--nproc', '2', 2),
+                                                ('--gpu-memory', '7.5', 7.5)])
+def test_a_folder_with_a_number_for_a_name_is_no_run_behind_a_flag(tmp_path, monkeypatch, flag, word, number):
+    monkeypatch.chdir(tmp_path)
+    for name in (word, 'run'): (tmp_path/name).mkdir()
+    kind = type(number)
+    assert take_flag([flag, word, 't.toml'], flag, kind) == (True, number, ['t.toml'])
+    assert take_flag([flag, f'./{word}'], flag, kind) == (True, None, [f'./{word}'])
+    assert take_flag([flag, 'run'], flag, kind) == (True, None, ['run'])
 
 def test_a_usage_line_names_what_it_wants(capsys):
     for line, words in (('convert', 'RUN FILE'), ('generate', 'RUN'), ('data clean', 'SOURCE PATH ...'),
