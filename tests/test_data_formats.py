@@ -182,10 +182,25 @@ def test_a_name_does_not_depend_on_where_the_folder_lies(folders):
 
 def test_equal_names_of_two_sources_are_told_apart_and_no_file_is_read_twice(folders, monkeypatch):
     monkeypatch.chdir(folders)
-    assert names(['b', 'a']) == ['b/1.txt', 'c/3.txt', 'a/1.txt', '2.md']
+    assert names(['b', 'a']) == ['1.txt', 'c/3.txt', 'a/1.txt', '2.md']
     assert names(['a', 'a/1.txt', './a', str(folders/'a')]) == ['1.txt', '2.md']
     (folders/'a'/'link.txt').symlink_to(folders/'a'/'1.txt')
     assert len(names('a')) == 2
+
+def test_no_two_files_have_a_name_and_a_source_behind_changes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a/x/b.txt', 'x/b.txt', 'y/b.txt', 'y/x/b.txt', 'z/stdin.jsonl'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(name)
+    for sources in ('a x y', 'x y a', 'y a x z -', '- z */*.txt a y'):
+        sources = sources.split()
+        found = text_files(sources)
+        assert len({name for name, _ in found}) == len({path for _, path in found}) == len(found)
+        for n in range(1, len(sources)):
+            before = text_files(sources[:n])
+            if '-' not in sources[n:]: assert before == found[:len(before)]
+    assert names(['a', 'x', 'y']) == ['x/b.txt', 'b.txt', 'y/b.txt', 'y/x/b.txt']
+    assert names(['z', '-']) == ['z/stdin.jsonl', 'stdin.jsonl']
 
 @pytest.mark.parametrize('pattern, wanted', [
     ('**/*.txt', ['a/1.txt', 'b/1.txt', 'b/c/3.txt']), ('b/*', ['1.txt', 'c/3.txt']), ('[ab]/2*', ['a/2.md']),

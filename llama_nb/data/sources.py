@@ -180,13 +180,23 @@ def text_files(sources,                       # one or several: files, folders, 
         piped = [(f'stdin.{stdin.lstrip(".")}', STDIN)]
         files = piped if source == STDIN else _files_of(source, report, left_out, out)
         for name, path in files: found.setdefault(os.path.realpath(path), (name, path))
-    times = Counter(name for name, _ in found.values())
-    files = [(name if times[name] == 1 else Path(path).as_posix(), path) for name, path in found.values()]
+    files = _told_apart(found.values())
     _report_unknown(files, report)
     files = [(name, path) for name, path in files if has_format(name)]
     if not files: raise UserError(f'{", ".join(sources) or "nothing"} has no text: no file that can be read')
     check_packages(name for name, _ in files)
     return files
+
+def _told_apart(files)->list[tuple[str, str]]:
+    "The same files, no two of one name: who comes first keeps it, and standard input always"
+    taken, named = {name for name, path in files if path == STDIN}, []
+    for name, path in files:
+        if path != STDIN:
+            longer = Path(path).as_posix(), Path(path).absolute().as_posix()
+            name = next(n for n in (name, *longer) if n not in taken)
+        taken.add(name)
+        named.append((name, path))
+    return named
 
 def _report_unknown(files:list, report:Report):
     "Report files that have no format that can be read; if that is an error, it speaks of all of them"
