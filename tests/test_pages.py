@@ -42,6 +42,13 @@ def test_the_texts_of_another_python_may_differ(pages, monkeypatch):
     assert pages.difference(stored, now)
     assert pages.difference(stored, {}, ['python'])
 
+def test_of_a_table_its_text_is_compared(pages):
+    def table(text):
+        plain = '<IPython.core.display.Markdown object>'
+        return [new_output('execute_result', data={'text/plain': plain, 'text/markdown': text})]
+    assert pages.difference(pages.shown(table('| 1 |')), pages.shown(table('| 2 |')))
+    assert not pages.difference(pages.shown(table('| 1 |')), pages.shown(table('| 1 |')))
+
 # --- pages ---------------------------------------------------------------------------------------
 
 def printed(text): return new_output('stream', name='stdout', text=text)

@@ -36,7 +36,7 @@ def kind_and_text(output):
     data = output.get('data', {})
     if output['output_type'] == 'stream': return 'printed text', output['text']
     if any(k.startswith('image/') for k in data): return 'image', data.get('text/plain', 'image')
-    return 'result', data.get('text/html') or data.get('text/plain', '')
+    return 'result', data.get('text/markdown') or data.get('text/html') or data.get('text/plain', '')
 
 def shown(outputs):
     "What a reader sees below a cell, by kind. Not stderr: a process warns once, whichever page it runs first"
