@@ -193,15 +193,14 @@ def peak_of_tensors(step, device, held):
 def worker(s, who, verdict):
     """One step for each line on stdin; answer with seconds, page faults, peak memory and loss. The line
     `memory` asks for the peak of the tensors"""
-    import torch
-    from llama_nb.core import pick_dtype
+    from llama_nb.core import pick_dtype, synchronizer
     from llama_nb.train.host import prepare_host
     device, dtype = device_of(s), pick_dtype(who.dtype)
     if who.prepared and device.type == 'cpu': prepare_host(verdict)
     if who.alone: step, held = matmuls_step(s, device, dtype, who.code == CORE), 0
     else:
         step, held = training_step(s, who, device, dtype)
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    wait = synchronizer(device)
     print('ready', flush=True)
     for line in sys.stdin:
         before = resource.getrusage(resource.RUSAGE_SELF)

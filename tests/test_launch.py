@@ -105,7 +105,7 @@ def test_a_failure_that_may_pass_is_the_first(capsys):
     def ended(*codes):                                      # of a rank, at each look
         codes = list(codes)
         return SimpleNamespace(poll=lambda: codes.pop(0) if len(codes) > 1 else codes[0])
-    assert launch._TEMPORARY == cli.TEMPORARY == 75
+    assert launch.TEMPORARY == cli.TEMPORARY == 75
     assert launch._wait([ended(1), ended(75)]) == 75 and launch._wait([ended(1), ended(None, 75)]) == 75
     assert launch._wait([ended(-6), ended(75), ended(None)]) == 75
     assert 'rank 1 has ended with exit code 75; 1 others are ended' in capsys.readouterr().err

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import UserError
 from ..files import replacing
-from .dedup import text_key
+from .dedup import first_seen, text_key
 from .documents import Document, extra_module
 from .stage import Decision, choice, judge
 from ..untrusted import open_regular
@@ -207,11 +207,9 @@ class ReferenceRules:
 def _examples(docs:Iterable[Document], repeated:bool, min_chars:int)->list[Document]:
     docs = [d for d in docs if len(d.text) >= min_chars]
     if repeated: return docs
-    first = {}                                              # of equal texts that with the smallest id
-    for d in docs:
-        kept = first.setdefault(text_key(d.text), d)
-        if d.id < kept.id: first[text_key(d.text)] = d
-    return [*first.values()]
+    places = [(text_key(d.text), f'{d.id}\0{i:012}') for i, d in enumerate(docs)]     # ids may be equal
+    keeps = first_seen(places)
+    return [d for d, place in zip(docs, places) if keeps(*place)]
 
 def reference_examples(references:Iterable[Document], pages:Iterable[Document],
                        rules:ReferenceRules=ReferenceRules(),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'largest_remainder', 'pick', 'epoch_offset', 'draw', 'MixtureRules', 'Source', 'Mixture', 'write_mixture',
-           'MixtureLoader', 'open_tokens', 'make_loader', 'text_facts', 'source_table']
+           'MixtureLoader', 'open_tokens', 'token_sources', 'make_loader', 'text_facts', 'source_table']
 
 # %% ../../nbs/7F_data.mixture.ipynb #imports
 import json, math, os
@@ -262,6 +262,11 @@ def open_tokens(path,                             # a folder of token shards, or
     "What `data.train` of a run file names. Raises `UserError`"
     kind = Mixture if Path(path).suffix == '.toml' else TokenShards
     return kind(path, share)
+
+def token_sources(tokens:TokenShards|Mixture)->dict[str, TokenShards]:
+    "The sources of a mixture by name; a folder of shards by that of the folder"
+    if isinstance(tokens, Mixture): return {s.name: s.shards for s in tokens.sources}
+    return {tokens.folder.name: tokens}
 
 def make_loader(tokens:TokenShards|Mixture,
                 seq_len:int,    # t

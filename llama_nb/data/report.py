@@ -30,15 +30,17 @@ def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-', '+' or 
 # %% ../../nbs/7I_data.report.ipynb #before-after
 _SMALL, _LOOK_AT = 2**26, 200       # bytes of a file that must be read as a whole; documents of any
 
+def _is_large(path)->bool: # of a file or an address, which need not tell
+    size = fingerprint(str(path))['bytes']
+    return size is None or size > _SMALL
+
 def before_and_after(plan:CleaningPlan, inputs:dict, out:Path, n:int=3
                     )->list[tuple[str, list]]: # (id, changes)
     "What became of a few documents of the first file of which something is left"
     made, unread = cleaned_files(out), Tally()              # it was reported when the file was cleaned
     for name in sorted(inputs):
         output = f'documents/{name}.jsonl.zst'
-        size = fingerprint(str(inputs[name]))['bytes']
-        large = not plan.source.streams and (size is None or size > _SMALL)
-        if large or not made[output]['documents']: continue
+        if not made[output]['documents'] or not plan.source.streams and _is_large(inputs[name]): continue
         docs = islice(plan.source.read(str(inputs[name]), unread.problem), _LOOK_AT)
         raw = {doc.id: doc.text[:_HEAD] for doc in docs}
         kept = [d for d in islice(read_documents(out/output), _LOOK_AT)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from ..core import UserError, is_temporary, pick_device, pick_dtype
 from ..data.loader import batch_borders
-from ..data.mixture import Mixture, open_tokens
+from ..data.mixture import Mixture, open_tokens, token_sources
 from ..data.shards import TokenShards, write_shards
 from ..data.sources import read_documents
 from ..data.tokenizer import Tokenizer
@@ -102,11 +102,7 @@ def score(model,                  # a LLaMA
 def score_sources(model, tokens:TokenShards|Mixture, seq_len:int, **settings # as `score` takes them
                  )->dict[str, Score]:
     "The score of each source of a mixture, by its name; of a folder of shards, by that of the folder"
-    return {name: score(model, shards, seq_len, **settings) for name, shards in _sources(tokens).items()}
-
-def _sources(tokens:TokenShards|Mixture)->dict[str, TokenShards]:
-    if isinstance(tokens, Mixture): return {s.name: s.shards for s in tokens.sources}
-    return {tokens.folder.name: tokens}
+    return {name: score(model, shards, seq_len, **settings) for name, shards in token_sources(tokens).items()}
 
 # %% ../../nbs/6B_infer.evaluate.ipynb #shard-texts
 def shard_texts(shards:TokenShards, tokenizer:Tokenizer)->Iterator[str]:
@@ -195,7 +191,7 @@ def _models(path, config:RunConfig, all_kept:bool)->Iterator[tuple[Path, torch.n
 
 # %% ../../nbs/6B_infer.evaluate.ipynb #facts
 def _about_text(tokens:TokenShards|Mixture, tokenizer:Tokenizer)->dict:
-    sources = _sources(tokens)
+    sources = token_sources(tokens)
     zlib_bits = {name: zlib_bits_per_byte(shard_texts(s, tokenizer)) for name, s in sources.items()}
     mean = sum(zlib_bits[name]*s.n_bytes for name, s in sources.items())/tokens.n_bytes
     about = {'documents': tokens.n_documents, 'bytes': tokens.n_bytes, 'tokens': tokens.n_tokens,

@@ -15,6 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 from ..core import UserError, check_count
+from ..model.transformer import check_id_range
 
 # %% ../../nbs/33_infer.generate.ipynb #kv-cache
 class KVCache:
@@ -145,18 +146,11 @@ def check_request(model,                   # a LLaMA
     if not isinstance(top_k, Integral) or top_k < 0:
         raise UserError(f'top_k must be 0 (all tokens) or a whole number above, not {top_k}')
     check_count('max_new_tokens', max_new_tokens)
-    _check_ids(prompts, model.config.vocab_size)
+    check_id_range(min(map(min, prompts)), max(map(max, prompts)), model.config.vocab_size)
     longest, room = max(map(len, prompts)), model.config.max_seq_len
     if longest + max_new_tokens <= room: return
     raise UserError(f'a prompt of {longest} tokens and {max_new_tokens} new ones are more than '
                     f'max_seq_len {room}; ask for at most {max(room - longest, 0)}')
-
-# %% ../../nbs/33_infer.generate.ipynb #check-ids
-def _check_ids(prompts:list[list[int]], vocab_size:int):
-    low, high = min(map(min, prompts)), max(map(max, prompts))
-    if low < 0 or high >= vocab_size:
-        raise UserError(f'token ids must lie in 0..{vocab_size-1}, not {low}..{high}; '
-                        'was the text encoded by another tokenizer?')
 
 # %% ../../nbs/33_infer.generate.ipynb #generate-steps
 def _uncompiled()->AbstractContextManager:

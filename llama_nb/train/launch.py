@@ -8,7 +8,7 @@ __all__ = ['rank_environment', 'launch_ranks']
 # %% ../../nbs/68_train.launch.ipynb #imports
 import os, signal, subprocess, sys, tempfile, time
 from contextlib import contextmanager
-from ..core import UserError, write_line
+from ..core import TEMPORARY, UserError, write_line
 from .guards import STOP_SIGNALS
 
 # %% ../../nbs/68_train.launch.ipynb #environment
@@ -57,7 +57,6 @@ def _handed_on(ranks:list):
 
 # %% ../../nbs/68_train.launch.ipynb #wait
 _STOPPED = {0, *(128 + number for number in STOP_SIGNALS)}
-_TEMPORARY = 75 # of a failure that may pass, `llama_nb.cli.TEMPORARY`
 
 def _code(p:subprocess.Popen)->int|None: # None while it lives
     "Its exit code, as a shell counts"
@@ -80,7 +79,7 @@ def _end_all(ranks:list, failed:int, seconds:float=.5)->int: # exit code of the 
     while None in map(_code, ranks) and time.monotonic() < end:
         time.sleep(.05)
     codes = [_code(p) for p in ranks]
-    if _TEMPORARY in codes: failed = codes.index(_TEMPORARY) # the others have lost their connection to it
+    if TEMPORARY in codes: failed = codes.index(TEMPORARY) # the others have lost their connection to it
     code, alive = codes[failed], codes.count(None)
     others = f'; {alive} others are ended' if alive else ''
     if alive or code > 128: # else each has said it itself

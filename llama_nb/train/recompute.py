@@ -180,8 +180,8 @@ def _written(block):
 def _unchanged(block):
     "Whether the parts of the block compute what is written down here: no hooks, no other layers"
     at, ff = block.attention, block.feed_forward
-    parts = {Attention: [at], FeedForward: [ff], RMSNorm: [block.attention_norm, block.ffn_norm]}
-    if not all(runs_as_written(part, kind) for kind, these in parts.items() for part in these): return False
+    parts = ((at, Attention), (ff, FeedForward), (block.attention_norm, RMSNorm), (block.ffn_norm, RMSNorm))
+    if not all(runs_as_written(*part) for part in parts): return False
     return all(map(only_multiplies, (at.wq, at.wk, at.wv, at.wo, ff.w1, ff.w2, ff.w3)))
 
 def _weights(block):

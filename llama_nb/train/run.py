@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
 from ..core import UserError, native_bfloat16, pick_dtype
 from ..data.loader import Loader, check_loader_state, loader_state, shift_after
-from ..data.mixture import Mixture, make_loader, open_tokens
+from ..data.mixture import Mixture, make_loader, open_tokens, token_sources
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer, check_tokenizer
 from ..files import write_atomic
@@ -178,7 +178,8 @@ def open_data(config:RunConfig)->tuple[Loader, TokenShards|None]:
         raise UserError(f'{c.train} and {c.held_out} were made by different tokenizers; '
                         'write both with the same one')
     if c.documents == 'separate' and share[0] == 0:
-        for s in filter(None, (shards, held_out)): _check_begins(s, Tokenizer(shards.tokenizer_path).bos_id)
+        bos_id = Tokenizer(shards.tokenizer_path).bos_id
+        for s in filter(None, (shards, held_out)): _check_begins(s, bos_id)
     return make_loader(shards, c.seq_len, c.batch_size, config.train.seed, c.shift), held_out
 
 def _check_vocabulary(shards:TokenShards, size:int, first:bool): # first: of the ranks
@@ -188,7 +189,7 @@ def _check_vocabulary(shards:TokenShards, size:int, first:bool): # first: of the
                     f'the model only {size}; set model.vocab_size to {shards.vocab_size}')
 
 def _check_begins(tokens:TokenShards|Mixture, bos_id:int):
-    for shards in [s.shards for s in tokens.sources] if isinstance(tokens, Mixture) else [tokens]:
+    for shards in token_sources(tokens).values():
         if shards.read(0, 1)[0] == bos_id: continue
         raise UserError(f'documents in {shards.folder} do not begin with <s> (id {bos_id}), by which '
                         'data.documents = separate knows them; write shards in which they do, or set cross')
