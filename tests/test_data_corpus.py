@@ -368,7 +368,7 @@ def test_the_command(raw, tmp_path, capsys):
     wrong = {"did you mean 'github'": ['data', 'clean', 'gitub', str(raw), '--out', str(out)],
              'name the raw files': ['data', 'clean', 'github', '--out', str(out)],
              'another job': [*args, str(out), '--preset', 'strict'],
-             'something else': [*args, str(raw)],
+             'all raw files lie in': [*args, str(raw)],
              'needs a language model': ['data', 'clean', 'commoncrawl', str(raw/'c4'), '--out', str(out/'x')],
              'there is no model nowhere': ['data', 'clean', 'c4', str(raw/'c4'), '--out', str(out/'x'),
                                            '--language-model', 'nowhere'],
@@ -379,6 +379,17 @@ def test_the_command(raw, tmp_path, capsys):
         assert words in said and said.count('\n') == 1
     assert not (out/'x').exists()
     assert main([*args, str(out), '--preset', 'strict', '--redo']) == 0
+
+def test_a_result_within_the_folder_that_it_cleans(tmp_path, capsys):
+    from llama_nb.cli import main
+    for i in range(3): write_jsonl([Document(f'text {i}', 'x')], tmp_path/f'{i}.jsonl')
+    command = ['data', 'clean', 'documents', str(tmp_path), '--workers', '1', '--out', str(tmp_path/'out')]
+    assert main(command) == 0
+    before = contents(tmp_path/'out')
+    capsys.readouterr()
+    assert main(command) == 0 and 'nothing was left to do' in capsys.readouterr().out
+    assert contents(tmp_path/'out') == before
+    assert len([*read_documents(tmp_path/'out'/'documents')]) == 3
 
 def count(folder): return sum(len(files) for _, _, files in os.walk(folder))
 

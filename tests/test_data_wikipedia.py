@@ -93,7 +93,7 @@ def test_agrees_with_the_parsers_own_stripping_where_that_is_right():
     ('{{formatnum: {{nowrap|12}} }}', '12'), ('{{formatnum|12}}', '12'),
     ('[[mw:Manual|the manual]]', 'the manual'), ('[[rfc:2616|RFC 2616]]', 'RFC 2616'),
     ('[[doi:10.1/x|this paper]]', 'this paper'), ('[[de:Haus]]', ''), ('[[zh-min-nan:X]]', ''),
-    ('[[doh:X]]', ''), ('[[mwl:X]]', '')])
+    ('[[CSI: Miami]]', 'CSI: Miami'), ('[[doh:X]]', ''), ('[[mwl:X]]', '')])
 def test_numbers_and_links_that_are_written_out(wikitext, text):
     assert clean(f'a {wikitext} b')[0].text.split() == ['a', *text.split(), 'b']
 

@@ -296,7 +296,7 @@ class Clean:
         from llama_nb.data.pipeline import Models, find_files
         from llama_nb.data.report import result_text
         models = Models(self.language_model, self.perplexity_model, self.reference_model)
-        files, workers = find_files(self.source, self.paths), self.workers or cores()
+        files, workers = find_files(self.source, self.paths, self.out), self.workers or cores()
         done = is_finished(self.out)
         total = clean_source(self.source, files, self.out, self.preset, models, workers, bool(self.redo),
                              sys.stderr.isatty(), 2**20*self.memory, self.executor)

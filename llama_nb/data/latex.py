@@ -111,7 +111,7 @@ class TexRun:
     out:list=field(default_factory=list)
     macros:dict=field(default_factory=dict)
     read:list=field(default_factory=list)           # files, in order
-    open:set=field(default_factory=set)
+    open:list=field(default_factory=list)           # the innermost is the last
     refused:list=field(default_factory=list)        # macros that did not come to an end
     call:_Call|None=None
     work:int=0
@@ -345,9 +345,11 @@ def _retry_without(tex:TexRun, name:str)->bool:
 # %% ../../nbs/7C_data.latex.ipynb #acts
 _IMPORT = '\\import', '\\subimport'
 
-def _find_file(tex:TexRun, name:str)->str|None:
-    name = posixpath.normpath(name.strip().strip('"'))
-    return next((n for n in (name, name + '.tex') if n in tex.files), None)
+def _find_file(tex:TexRun, command:str, name:str, asker:str)->str|None: # asker: the file that asks
+    "From the top of the submission, or else from the asker's folder; for `\\subimport` the other way round"
+    homes = sorted({'', posixpath.dirname(asker)}, reverse=command == '\\subimport')
+    names = (posixpath.normpath(posixpath.join(home, name.strip().strip('"'))) for home in homes)
+    return next((n for found in names for n in (found, found + '.tex') if n in tex.files), None)
 
 def _file_name(cursor:_Cursor, command:str='\\input')->str:
     "In braces, or up to the next blank; of `\\import`, folder and file"
@@ -366,7 +368,7 @@ def _input(tex:TexRun, token:str)->bool:
     "The tokens of a file, if it is there and not open already"
     cursor = _Cursor(tex)
     try:
-        name = _find_file(tex, _file_name(cursor, token))
+        name = _find_file(tex, token, _file_name(cursor, token), tex.open[-1])
     except _Mismatch:
         return False
     if not name or name in tex.open or tex.work > tex.limit: return False
@@ -378,7 +380,7 @@ def _input(tex:TexRun, token:str)->bool:
 
 def _open(tex:TexRun, name:str, tokens:list[str]):
     tex.read.append(name)
-    tex.open.add(name)
+    tex.open.append(name)
     tex.work += len(tex.files[name])
     tex.stack += ['\0' + name, *reversed(tokens)]
     tex.call = None
@@ -447,7 +449,7 @@ def run_tex(tex:TexRun, name:str)->TexRun:
         token = tex.stack.pop()
         if tex.call and len(tex.stack) < tex.call.below: tex.call = None
         if token[0] == '\0':
-            tex.open.discard(token[1:])
+            if token[1:] in tex.open: del tex.open[tex.open.index(token[1:]):]
         elif token in tex.macros:
             if not _expand(tex, token): tex.out.append(token)
         elif token not in _COMMANDS or not _COMMANDS[token](tex, token):
@@ -488,7 +490,8 @@ def input_files(files:dict[str, list[str]],     # name -> tokens
             if _COMMANDS.get(token) is not _input: continue
             tex.stack[:] = tokens[i + 1:i + 100][::-1]
             try:
-                found |= {_find_file(tex, _file_name(_Cursor(tex), token))} - {name, None}
+                asked = _find_file(tex, token, _file_name(_Cursor(tex), token), name)
+                found |= {asked} - {name, None}
             except _Mismatch:
                 pass
     return found

@@ -354,12 +354,17 @@ def _files_at(path:str, source:Source)->list[str]:
 # %% ../../nbs/7G_data.pipeline.ipynb #named
 def find_files(source:str,
                paths:Iterable[str],     # files, folders, patterns
+               out=None,                # folder of the result, which is not read
               )->dict[str, str]:        # name of the output -> path
     "The raw files of a source. Raises `UserError`"
     kind = find_source(source)
     found = {os.path.realpath(p): os.path.abspath(p) for path in paths for p in _files_at(str(path), kind)}
     if not found: raise UserError(f'name the raw files of {kind.title}, or a folder of them')
-    return _named(sorted(set(found.values())))
+    raw = {path for real, path in found.items() if not (out and _is_in(real, out))}
+    if not raw: raise UserError(f'all raw files lie in {out}, the folder of the result; choose another')
+    return _named(sorted(raw))
+
+def _is_in(real:str, folder)->bool: return Path(real).is_relative_to(os.path.realpath(folder))
 
 def _named(paths:list[str])->dict[str, str]:
     root = os.path.commonpath([os.path.dirname(p) for p in paths])
