@@ -63,12 +63,20 @@ def compiler_with_budget(backend:str,  # of `torch.compile`
     "A backend whose graphs keep that share of their activations"
     inner, config = torch._dynamo.lookup_backend(backend), torch._functorch.config
     settings = {'activation_memory_budget': budget}
-    # A block over tensor ranks is handed their group, which holds no tensors; torch 2.13 wants to be told
-    groups = 'unsafe_treat_script_objects_as_zero_size'
-    if hasattr(config, groups): settings[groups] = True
     def compiler(graph, inputs, **options):
-        with config.patch(settings): return inner(graph, inputs, **options)
+        with config.patch(settings), _groups_without_size(): return inner(graph, inputs, **options)
     return compiler
+
+def _groups_without_size():
+    """A block over tensor ranks is handed their group, which holds no tensors. torch 2.13 wants to be told;
+    2.12 has no setting for it, and before nobody asks"""
+    config, groups = torch._functorch.config, 'unsafe_treat_script_objects_as_zero_size'
+    if hasattr(config, groups): return config.patch({groups: True})
+    from torch._functorch import partitioners
+    from torch._library.fake_class_registry import FakeScriptObject
+    size_of = partitioners._size_of
+    def size(node): return 0 if isinstance(node.meta.get('val'), FakeScriptObject) else size_of(node)
+    return patch.object(partitioners, '_size_of', size)
 
 def send_while_multiplying(group:'torch.distributed.ProcessGroup', # ranks that share a multiplication
                            note:Callable[[torch.fx.Graph], None],  # called with each graph that was made

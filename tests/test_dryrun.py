@@ -1,5 +1,6 @@
 "The dry run agrees with the closed forms in every layout; its collectives, its mistakes, its command."
 import json, os
+from importlib.metadata import version
 import pytest
 from conftest import ROOT, ask, variant
 from llama_nb.core import UserError
@@ -21,6 +22,9 @@ CASES = [((1, 1, 1), 'linear'), ((1, 1, 4), 'none'), ((1, 1, 4), 'linear', 2), (
          ((1, 8, 4), 'linear', 1, 'blocks')]
 FURTHER = [((1, 1, 1), 'none', 2), ((1, 8, 4), 'linear'), ((2, 4, 4), 'full', 2),
            ((1, 8, 1), 'linear', 1, 'blocks')]
+
+# Buffers of reduce-scatter: in torch 2.12 the variable of a loop keeps the one before alive (`post_backward`)
+AT_ONCE = 2 if version('torch').startswith('2.12.') else 1
 
 @pytest.fixture(scope='module')
 def found():
@@ -46,7 +50,8 @@ def test_peak_and_categories(found, case):
         assert run['memory']['gathered weights'] <= closed['gathered weights']*1.01
     buffers = buffer_bytes(small(*case), replicate*shard*tensor)
     assert most['logits'] == pytest.approx(buffers['logits'], rel=.01)
-    if shard > 1 and tensor == 1: assert most['communication'] == pytest.approx(buffers['scatter'], rel=.01)
+    if shard > 1 and tensor == 1:
+        assert most['communication'] == pytest.approx(AT_ONCE*buffers['scatter'], rel=.01)
 
 @pytest.mark.parametrize('case', [c for c in CASES if len(c) < 4], ids=str)
 def test_saved_activations(found, case):
