@@ -91,6 +91,17 @@ def dtypes_of(s):
     if s.dtype != 'auto': return [s.dtype]
     return ['float32', 'bfloat16'] if native_bfloat16(device_of(s)) else ['float32']
 
+def bfloat16_costs(s):
+    "How many times as long the first multiplication of a feed-forward takes in bfloat16 as in float32"
+    import torch
+    from torch.utils.benchmark import Timer
+    c, took = model_config(s), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(s.batch*s.seq, c.dim, dtype=dtype), torch.ones(c.ffn_dim, c.dim, dtype=dtype)
+        took[dtype] = Timer('F.linear(x, w)', globals={'F': torch.nn.functional, 'x': x, 'w': w},
+                            num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median
+    return took[torch.bfloat16]/took[torch.float32]
+
 def device_of(s):
     from llama_nb.core import pick_device
     return pick_device(s.device)
@@ -340,9 +351,10 @@ def report_of(s, about, tables, verdict):
              f'forward, backward, clipping and fused AdamW. Medians of {about["measured_rounds"]} rounds, '
              f'one process each, {turns}.', '']
     for dtype, (rows, peak) in tables.items(): lines += [headline(dtype, rows), '']
-    if 'bfloat16' not in tables:
-        lines += ['bfloat16 was not measured'
-                  + ('.' if s.dtype != 'auto' else ': this hardware has no instructions for it.'), '']
+    if 'bfloat16' not in tables and s.dtype == 'auto':
+        lines += [f'bfloat16: this hardware has no instructions for it. A matrix multiplication of the '
+                  f'feed-forward takes {about["bfloat16_costs"]:.0f} times as long in it as in float32, so '
+                  '`train.dtype = "auto"` is float32 here, and no step was measured.', '']
     for dtype, (rows, peak) in tables.items():
         measured = f', the better rate of "{ALONE}" in this run'*(peak.source == 'measured')
         lines += [f'## {dtype}', '', *table(rows), '', f'MFU and HFU are shares of {peak}{measured}.', '']
@@ -380,6 +392,7 @@ def main(s):
              'torch': torch.__version__, 'transformers': transformers.__version__,
              'date': time.strftime('%Y-%m-%d'),
              'measured_rounds': min(rounds), 'host': verdict, 'convention': 'matrices, attention'}
+    if 'bfloat16' not in dtypes: about['bfloat16_costs'] = bfloat16_costs(s)
     about['load'] = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
     results = {dtype: {'peak': str(peak), 'rows': rows} for dtype, (rows, peak) in tables.items()}
     results = {'settings': about, **next(iter(results.values())), 'precisions': results}

@@ -87,18 +87,29 @@ class Ranks:
     "A run on several processes over the loopback, without a launcher; its store is a file"
     def __init__(self, n, args, folder):
         folder.mkdir()
-        env = {**ENV, 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n), 'INIT_METHOD': f'file://{folder}/store', 'GLOO_SOCKET_IFNAME': 'lo'}
+        env = {**ENV, 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n),
+               'INIT_METHOD': f'file://{folder}/store', 'GLOO_SOCKET_IFNAME': 'lo'}
         self.logs = [open(folder/f'{rank}.log', 'w+') for rank in range(n)]
-        self.processes = [Program(command(*args), {**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, log, subprocess.STDOUT) for rank, log in enumerate(self.logs)]
+        self.processes = [self._start({**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, args, log)
+                          for rank, log in enumerate(self.logs)]
 
-    def log(self, rank=0): self.logs[rank].seek(0); return self.logs[rank].read()
+    def _start(self, env, args, log): return Program(command(*args), env, log, subprocess.STDOUT)
+
+    def log(self, rank=0):
+        self.logs[rank].seek(0)
+        return self.logs[rank].read()
+
+    def tails(self): return '\n'.join(self.log(i)[-2000:] for i in range(len(self.logs)))
 
     def wait(self, seconds=120):
         "Exit codes of all ranks"
         end = time.monotonic() + seconds
         for p in self.processes:
-            try: p.wait(max(end - time.monotonic(), .01))
-            except subprocess.TimeoutExpired: self.kill(); raise AssertionError(f'did not end in {seconds} s:\n' + '\n'.join(self.log(i)[-2000:] for i in range(len(self.logs)))) from None
+            try:
+                p.wait(max(end - time.monotonic(), .01))
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f'did not end in {seconds} s:\n{self.tails()}') from None
         return [p.returncode for p in self.processes]
 
     def until(self, true, seconds=120):
@@ -106,7 +117,8 @@ class Ranks:
         end = time.monotonic() + seconds
         while not true():
             dead = [i for i, p in enumerate(self.processes) if p.poll() is not None]
-            assert not dead and time.monotonic() < end, f'ranks {dead} ended, or nothing happened in time:\n' + self.log((dead or [0])[0])[-3000:]
+            if dead or time.monotonic() > end:
+                raise AssertionError(f'ranks {dead} ended, or nothing happened in time:\n{self.tails()}')
             time.sleep(.01)
 
     def kill(self):
@@ -128,9 +140,11 @@ def start_ranks(tmp_path):
 def metrics(folder):
     "The complete lines of a run's metrics log"
     path = Path(folder)/'metrics.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')] if path.exists() else []
+    if not path.exists(): return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('}\n')]
 
-def numbers(folder): return [(m['step'], m['loss'], m['grad_norm'], m['lr'], m['tokens']) for m in metrics(folder)]
+def numbers(folder):
+    return [(m['step'], m['loss'], m['grad_norm'], m['lr'], m['tokens']) for m in metrics(folder)]
 
 RUN = '''
 out = "{out}"
@@ -167,7 +181,8 @@ def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tokens')
     train, held_out = split_documents(topic_documents(), .1)
     tokenizer = train_tokenizer((d.text for d in train), folder/'tokenizer.model', 400)
-    write_shards(train, tokenizer, folder/'train'); write_shards(held_out, tokenizer, folder/'held_out')
+    write_shards(train, tokenizer, folder/'train')
+    write_shards(held_out, tokenizer, folder/'held_out')
     return folder
 
 @pytest.fixture
@@ -175,6 +190,7 @@ def run_file(tmp_path, tokens):
     "Write a run file with the given number of steps; its path"
     def write(steps, save_every=1000, name='run'):
         path = tmp_path/f'{name}.toml'
-        path.write_text(RUN.format(out=(tmp_path/name).as_posix(), tokens=tokens.as_posix(), steps=steps, save_every=save_every))
+        places = {'out': (tmp_path/name).as_posix(), 'tokens': tokens.as_posix()}
+        path.write_text(RUN.format(**places, steps=steps, save_every=save_every))
         return path
     return write

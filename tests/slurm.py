@@ -217,6 +217,20 @@ def test_preempted_requeued_and_out_of_time_it_equals_a_run_without_trouble(
     assert [r['step'] for r in rows(out)] == list(range(1, 301))
     assert same(out) == same(tmp_path/'whole')  # bit for bit: the layout is the same
 
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, run_file, tmp_path):
+    path = run_file(2000, save_every=1000, name='cancelled')
+    job, out = submit('cancelled', path), tmp_path/'cancelled'
+    wait_for(lambda: len(rows(out)) > 30, 'the first steps')
+    slurm.run('scancel', job)
+    wait_for(lambda: slurm.job(job)['JobState'] == 'CANCELLED', 'the end')
+    wait_for(lambda: not slurm.run('squeue', '-h', '-o', '%i', '--jobs', job, check=False), 'an empty queue')
+    steps = [row['step'] for row in rows(out)]
+    own = (slurm.folder/'logs'/f'cancelled-{job}'/'0.log').read_text()
+    assert own.count(f'stopped after step {len(steps)}') == 1 and steps == [*range(1, len(steps) + 1)]
+    said = (slurm.folder/f'cancelled-{job}.log').read_text()
+    assert 'SIGTERM from Slurm' in said and 'attempt 1' not in said
+    assert slurm.job(job)['Restarts'] == '0'
+
 DATA = '''
 import sys, time
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"The GPU kit on a machine without a GPU: its miniature, and parts that are broken on purpose. What it shows of a GPU needs one."
+"""The GPU kit on a machine without a GPU: its miniature, and parts that are broken on purpose. What it shows
+of a GPU needs one."""
 import json, os, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ class ForkedPart(Forked):
 
 @pytest.fixture(scope='module')
 def miniature(tmp_path_factory):
-    "All parts in the CPU form, one half beside the other, put together afterwards: part -> its record; and the tables"
+    """All parts in the CPU form, one half beside the other, put together afterwards: part -> its record; and
+    the tables"""
     folder, parts = tmp_path_factory.mktemp('gpu'), dict.fromkeys(sum(HALVES, ()))
     assert parts.keys() == PARTS.keys()
     about = gpu.look('cpu', folder)
@@ -72,8 +74,8 @@ def test_bytes_that_blocks_keep(miniature):
     assert abs(linear['ratio'] - 1) < .1 and none['kept'] > linear['kept'] > full['kept']
 
 def test_garbage_of_before_is_not_counted():
-    """The profiler knows a block by its address, also one that was given back while nobody counted; so garbage of an
-    earlier model at that address, collected while bytes are counted, lowered the count"""
+    """The profiler knows a block by its address, also one that was given back while nobody counted; so
+    garbage of an earlier model at that address, collected while bytes are counted, lowered the count"""
     class Cycle:
         def __init__(self, n): self.me, self.kept = self, torch.empty(n)
     counted = lambda: gpu_parts.counted_bytes(SimpleNamespace(gpu=False))
@@ -88,7 +90,8 @@ def test_garbage_of_before_is_not_counted():
 
 def test_what_auto_picks_is_said_for_both_packings(miniature):
     names = rows(miniature[0]['environment'], 'attention that auto picks')
-    assert {n.rsplit(', ', 1)[1] for n in names} == {'whole sequences', 'packed documents'} and len(names) == 8
+    assert {n.rsplit(', ', 1)[1] for n in names} == {'whole sequences', 'packed documents'}
+    assert len(names) == 8
 
 def test_a_contest_of_one_set_of_weights(miniature):
     "Both codes take part; tokens are drawn at random, so all losses stay near ln 512 = 6.24"
@@ -107,14 +110,21 @@ def test_the_batch_has_borders(miniature):
 
 BROKEN = '''
 import os, signal, subprocess, sys, time
-def raises(desk): desk.row('t', 'before', True); raise KeyError('on purpose')
+def raises(desk):
+    desk.row('t', 'before', True)
+    raise KeyError('on purpose')
 def hangs(desk):
     desk.row('t', 'before', True)
     print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)
     time.sleep(600)
 def killed(desk): os.kill(os.getpid(), signal.SIGKILL)
-def wrong(desk): desk.row('t', 'a number', False); desk.row('t', 'a number', False, twice=2)
-def fine(desk): print('a bar', end=''); desk.row('t', 'a number', True, x=1.5); desk.skip('much', 'no GPU')
+def wrong(desk):
+    desk.row('t', 'a number', False)
+    desk.row('t', 'a number', False, twice=2)
+def fine(desk):
+    print('a bar', end='')
+    desk.row('t', 'a number', True, x=1.5)
+    desk.skip('much', 'no GPU')
 '''
 
 @pytest.fixture
@@ -136,19 +146,22 @@ def test_a_broken_part_is_recorded_and_the_next_goes_on(bench, tmp_path):
     fine, parts = bench('raises', 'killed', 'wrong', 'fine')
     found = [parts[n]['status'] for n in parts]
     assert not fine and found == ['failed with exit code 1', 'killed by signal 9', 'problems', 'done']
-    assert "KeyError: 'on purpose'" in parts['raises']['tail'] and parts['raises']['rows'][0]['name'] == 'before'
+    raised = parts['raises']
+    assert "KeyError: 'on purpose'" in raised['tail'] and raised['rows'][0]['name'] == 'before'
     assert len(parts['wrong']['rows']) == 1 and parts['wrong']['rows'][0]['twice'] == 2
     text = (tmp_path/'out'/'results.md').read_text()
     assert 'on purpose' in text and '| wrong | problems | a number |' in text and '1.5' in text
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(bench):
     fine, parts = bench('hangs', 'fine', seconds=4.)
-    assert not fine and parts['hangs']['status'].startswith('over its limit') and parts['fine']['status'] == 'done'
+    assert not fine and parts['hangs']['status'].startswith('over its limit')
+    assert parts['fine']['status'] == 'done'
     child = int(next(line for line in parts['hangs']['tail'] if line.startswith('child')).split()[1])
     assert not Path(f'/proc/{child}').exists() or 'Z' in Path(f'/proc/{child}/stat').read_text().split()[2]
 
 def test_it_goes_on_where_it_was_stopped(bench, tmp_path):
-    "A part that is done stays; one that was under way when everything was killed, or had a problem, is run again"
+    """A part that is done stays; one that was under way when everything was killed, or had a problem, is run
+    again"""
     bench('fine', 'wrong')
     path = tmp_path/'out'/'results.json'
     data = json.loads(path.read_text())
@@ -166,8 +179,10 @@ def test_stopped_by_a_signal(tmp_path):
     "Ctrl-C ends the part, keeps the rows, and says how to go on; nothing is left in the temporary folder"
     temporary = tmp_path/'tmp'
     temporary.mkdir()
-    command = [sys.executable, str(KIT/'gpu.py'), '--form', 'cpu', '--out', str(tmp_path/'out'), '--parts', 'sync']
-    def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.default_int_handler)          # a shell's background jobs ignore it
+    command = [sys.executable, str(KIT/'gpu.py'), '--form', 'cpu', '--out', str(tmp_path/'out'),
+               '--parts', 'sync']
+    # a shell's background jobs ignore it
+    def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
                                stderr=subprocess.STDOUT, env={**os.environ, 'TMPDIR': str(temporary)})
     seen = []
@@ -178,7 +193,8 @@ def test_stopped_by_a_signal(tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and 'stopped; the same command goes on' in rest, seen + [rest]
-    record = json.loads(next((tmp_path/'out').iterdir()).joinpath('results.json').read_text())['parts']['sync']
+    folder = next((tmp_path/'out').iterdir())
+    record = json.loads((folder/'results.json').read_text())['parts']['sync']
     assert record['status'] == 'stopped' and not list(temporary.glob('llama_nb_gpu_*'))
 
 def test_time_that_is_given_is_kept(bench):
@@ -191,7 +207,8 @@ def test_limits_fit_into_half_an_hour():
 
 @pytest.mark.parametrize('form, limit', [('gpu', 300), ('cpu', 900)])
 def test_patience_multiplies_the_limits(tmp_path, monkeypatch, form, limit):
-    about, limits = {'date': '', 'torch': '', 'device': '', 'form': form, 'cuda': '', 'python': '', 'cores': 1}, []
+    about = {'date': '', 'torch': '', 'device': '', 'form': form, 'cuda': '', 'python': '', 'cores': 1}
+    limits = []
     def run_part(part, form, work, limit, take):
         limits.append(limit)
         return {'status': 'over its limit', 'seconds': 0, 'tail': []}
@@ -208,11 +225,13 @@ def test_folder_of_a_device():
     assert gpu.folder_name('NVIDIA H100 80GB HBM3') == 'NVIDIA-H100-80GB-HBM3'
 
 def test_layers_of_7B_that_fit():
-    "An H200 of 141 GB holds all of 7B with its float32 states (16 bytes for each of 6.74e9 parameters), an H100 of 80 GB does not"
+    """An H200 of 141 GB holds all of 7B with its float32 states (16 bytes for each of 6.74e9 parameters), an
+    H100 of 80 GB does not"""
     def fit(memory): return gpu_step.fitting_layers(memory, gpu_step.SEVEN_B, 2048)
     assert fit(150e9) == 32 and 12 < fit(84e9) < 20 and fit(8e9) == 0
 
-@pytest.mark.parametrize('memory, layers', [(150e9, 24), (80e9, 24), (40e9, 19), (24e9, 10), (15e9, 4), (5e9, 0)])
+@pytest.mark.parametrize('memory, layers', [(150e9, 24), (80e9, 24), (40e9, 19), (24e9, 10), (15e9, 4),
+                                            (5e9, 0)])
 def test_layers_of_1_3B_that_fit(tmp_path, monkeypatch, memory, layers):
     "transformers took 50.9 GB of an H200 for all 24 layers; a card of 24 GB gets a table, too"
     desk = Desk(tmp_path)
@@ -225,26 +244,30 @@ def test_layers_of_1_3B_that_fit(tmp_path, monkeypatch, memory, layers):
 KERNELS = {
     'nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT': 'matrix multiplications',
     'sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64': 'matrix multiplications',
-    'void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>': 'attention',
+    'void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>':
+        'attention',
     'fmha_cutlassF_bf16_aligned_64x128_rf_sm80': 'attention',
     'void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>': 'optimiser and clipping',
     'triton_poi_fused_mul_silu_3': 'fused by the compiler',
     'triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_add_mul_2': 'fused by the compiler',
     'cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128': 'attention',
-    'void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor<float>>': 'elementwise, sums, indexing',
+    'void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor<float>>':
+        'elementwise, sums, indexing',
     'Memcpy DtoD (Device -> Device)': 'copies'}
 
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_kinds_of_kernels(kernel): assert gpu_step.kind_of(kernel) == KERNELS[kernel]
 
 def test_transformers_with_our_parameters_is_our_model():
-    "Rotary pairs: side by side in ours, halves apart in theirs. With the rows of wq and wk in their order, the same loss and gradient"
+    """Rotary pairs: side by side in ours, halves apart in theirs. With the rows of wq and wk in their order,
+    the same loss and gradient"""
     c = ModelConfig(64, 2, 2, vocab_size=128, multiple_of=32, max_seq_len=32)
     torch.manual_seed(0)
     base = gpu_step.LLaMA(c)
     for p in base.parameters(): p.data.mul_(5 if p.ndim > 1 else 1)
     x, y = torch.randint(128, (4, 32)), torch.randint(128, (4, 32))
-    mine, them = (gpu_step.Contestant(code, attention='sdpa', micro=2) for code in ('llama_nb', 'transformers'))
+    mine, them = (gpu_step.Contestant(code, attention='sdpa', micro=2)
+                  for code in ('llama_nb', 'transformers'))
     loss = gpu_step.ours(base, mine, torch.float32)(x, y)
     gradient = base.layers[0].feed_forward.w1.weight.grad.clone()
     base.zero_grad()
@@ -286,11 +309,15 @@ def test_tables_are_those_of_the_record(path):
 
 class Desk(gpu.Desk):
     "Keeps the rows"
-    def __init__(self, folder): super().__init__('cpu', folder, 600); self.rows = []
-    def row(self, table, name, ok=None, **values): self.rows.append({'table': table, 'name': name, 'ok': ok, **values})
+    def __init__(self, folder):
+        super().__init__('cpu', folder, 600)
+        self.rows = []
+    def row(self, table, name, ok=None, **values):
+        self.rows.append({'table': table, 'name': name, 'ok': ok, **values})
 
 def test_a_synchronisation_is_named(tmp_path, monkeypatch):
-    "`synchronize` and `set_sync_debug_mode` are mocked: what raises in a step is reported with its place in the package"
+    """`synchronize` and `set_sync_debug_mode` are mocked: what raises in a step is reported with its place in
+    the package"""
     modes, desk = [], Desk(tmp_path)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
     monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
@@ -307,12 +334,14 @@ def test_a_contestant_that_does_not_fit_leaves_and_the_others_go_on(tmp_path, mo
     monkeypatch.setattr(gpu_step, 'theirs', full)
     desk = Desk(tmp_path)
     contest = gpu_step.Contest(desk, 'toy', gpu_step.MINI, 2)
-    mine, them = (gpu_step.Contestant(code, attention='sdpa', micro=1) for code in ('llama_nb', 'transformers'))
+    mine, them = (gpu_step.Contestant(code, attention='sdpa', micro=1)
+                  for code in ('llama_nb', 'transformers'))
     for who in (them, mine): contest.enter(who, 1, 1)
     contest.turns(2)
     gpu_step.goals(desk, contest, 'toy')
     assert desk.rows[0]['why'] == 'out of memory' and desk.rows[0]['ok'] is None
-    assert desk.rows[2]['how'] == 'taking turns' and desk.rows[2]['steps'] == 2 and desk.rows[2]['of_transformers'] is None
+    third = desk.rows[2]
+    assert third['how'] == 'taking turns' and third['steps'] == 2 and third['of_transformers'] is None
     assert [r['got'] for r in desk.rows if r['table'] == 'goals'][1] is None
 
 def test_memory_that_ends_while_states_are_made_spoils_nobody_else(tmp_path, monkeypatch):
@@ -342,7 +371,8 @@ def hopper(tmp_path, monkeypatch):
     "A desk that says it has a GPU, on which `auto` takes sdpa for whole sequences; nothing is computed"
     def pick(name, device, dtype, k, packed=False): return 'xformers' if packed else 'sdpa'
     monkeypatch.setattr(gpu_parts, 'pick_backend', pick)
-    for module in (gpu_parts, gpu_runs): monkeypatch.setattr(module, 'backends', lambda desk, *names, **_: [*names])
+    for module in (gpu_parts, gpu_runs):
+        monkeypatch.setattr(module, 'backends', lambda desk, *names, **_: [*names])
     return OnGpu(tmp_path)
 
 def test_steps_are_compiled_with_the_attention_that_auto_takes(hopper, monkeypatch):
@@ -381,5 +411,6 @@ def test_document_masking_is_timed_with_every_attention_compiled(hopper, monkeyp
     asked = []
     monkeypatch.setattr(gpu_runs, 'open_run', lambda desk, *case: asked.append(case))
     gpu_runs.documents(hopper)
-    assert sorted({case[:2] for case in asked}) == [(b, c) for b in ('sdpa', 'xformers') for c in ('blocks', 'off')]
+    every = [(b, c) for b in ('sdpa', 'xformers') for c in ('blocks', 'off')]
+    assert sorted({case[:2] for case in asked}) == every
     assert len(asked) == 8

@@ -1,5 +1,5 @@
-"""Run all pages and tests with this Python and this torch, note what happened, and write benchmarks/versions.md.
-`--only pages` or `--only tests` renews one half of the note; `--table` only writes.
+"""Run all pages and tests with this Python and this torch, note what happened, and write
+benchmarks/versions.md. `--only pages` or `--only tests` renews one half of the note; `--table` only writes.
 """
 import argparse, datetime, json, os, platform, re, subprocess, sys, tempfile
 from configparser import ConfigParser
@@ -85,25 +85,28 @@ def cell(notes, torch, python):
 def row(note):
     "A note as a row of the second table"
     parts = [note[name] for name in PARTS if name in note]
-    commits = ', '.join(f'{name} {note[name]["commit"]} on {note[name]["date"]}' for name in PARTS if name in note)
+    commits = ', '.join(f'{name} {part["commit"]} on {part["date"]}'
+                        for name in PARTS if (part := note.get(name)) is not None)
     failed = ', '.join(name for part in parts for name in part['failed']) or 'nothing'
     skipped = note['tests']['skipped'] if 'tests' in note else ''
-    cells = [note['torch'], note['python'], note['xformers'] or 'not installed', note['transformers'], commits,
-             skipped, failed]
+    cells = [note['torch'], note['python'], note['xformers'] or 'not installed', note['transformers'],
+             commits, skipped, failed]
     return '| ' + ' | '.join(map(str, cells)) + ' |'
 
 def table(notes):
     "The notes as Markdown"
     lines = ['# What ran on which version', '', HEAD, '']
-    lines += ['| torch | ' + ' | '.join(f'Python {p}' for p in PYTHONS) + ' |', '|---'*(len(PYTHONS) + 1) + '|']
+    lines += ['| torch | ' + ' | '.join(f'Python {p}' for p in PYTHONS) + ' |',
+              '|---'*(len(PYTHONS) + 1) + '|']
     for torch in torches():
         lines.append(f'| {torch} | ' + ' | '.join(cell(notes, torch, p) for p in PYTHONS) + ' |')
-    lines += ['', '| torch | Python | xformers | transformers | commit | skipped tests | failed |', '|---'*7 + '|']
+    lines += ['', '| torch | Python | xformers | transformers | commit | skipped tests | failed |',
+              '|---'*7 + '|']
     return '\n'.join([*lines, *map(row, notes)]) + '\n'
 
-HEAD = '''Every page was executed and every test was run, on a CPU, by `make versions PYTHON=... TORCH=...`, which notes
-the outcome in `versions.json` and writes this table. A build named `+cpu` has no CUDA; the others are builds
-for CUDA that ran on a machine without a GPU.'''
+HEAD = '''Every page was executed and every test was run, on a CPU, by `make versions PYTHON=... TORCH=...`,
+which notes the outcome in `versions.json` and writes this table. A build named `+cpu` has no CUDA; the others
+are builds for CUDA that ran on a machine without a GPU.'''
 
 def in_order(note):
     "By minor version of torch, its patch, and Python"
