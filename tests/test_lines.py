@@ -1,28 +1,19 @@
 "Lines and names: what ruff finds, and two statements on a line where ruff cannot tell a guard from a body."
-import ast, json, shutil, subprocess, sys, tomllib
+import ast, json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))
-LISTED = SETTINGS['tool']['ruff']['lint']['per-file-ignores']        # file or pattern -> rules
-HABITS = {name: rules for name, rules in LISTED.items() if '*' in name}                     # for good
-EXCUSED = {(name, rule) for name in LISTED.keys() - HABITS.keys() for rule in LISTED[name]}  # for now
-CROWDED = set(SETTINGS['tool']['llama_nb']['crowded-lines'])         # files that still break the last test
 
 def broken(folder):
-    "{(file, rule)} that ruff finds when nobody is excused"
-    habits = ', '.join(f'{json.dumps(name)} = {json.dumps(rules)}' for name, rules in HABITS.items())
-    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'json', '--config',
-               f'lint.per-file-ignores = {{{habits}}}']
+    "{(file, rule)} that ruff finds"
+    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'json']
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 1), done.stderr
     return {(Path(f['filename']).relative_to(folder).as_posix(), f['code']) for f in json.loads(done.stdout)}
 
-def test_only_the_excused_files_break_rules_and_only_theirs():
-    found = broken(ROOT)
-    assert sorted(found - EXCUSED) == [], 'mend them; `.venv/bin/ruff check` shows where'
-    assert sorted(EXCUSED - found) == [], 'mended: take them out of per-file-ignores in pyproject.toml'
+def test_no_file_breaks_a_rule():
+    assert sorted(broken(ROOT)) == [], 'mend them; `.venv/bin/ruff check` shows where'
 
 def test_ruff_looks_at_pages_and_programs(tmp_path):
     "A semicolon, a long line, an unused import and a mutable default, in a page and in a module"
@@ -92,8 +83,4 @@ def test_a_default_of_none_is_in_the_annotation(path):
 
 @pytest.mark.parametrize('path', python_files(), ids=lambda p: p.name)
 def test_one_statement_a_line(path):
-    found = [line for source in sources(path) for line in crowded(source)]
-    if path.relative_to(ROOT).as_posix() in CROWDED:
-        assert found, 'mended: take it out of crowded-lines in pyproject.toml'
-    else:
-        assert found == []
+    assert [line for source in sources(path) for line in crowded(source)] == []
