@@ -351,10 +351,12 @@ def report_of(s, about, tables, verdict):
              f'forward, backward, clipping and fused AdamW. Medians of {about["measured_rounds"]} rounds, '
              f'one process each, {turns}.', '']
     for dtype, (rows, peak) in tables.items(): lines += [headline(dtype, rows), '']
-    if 'bfloat16' not in tables and s.dtype == 'auto':
-        lines += [f'bfloat16: this hardware has no instructions for it. A matrix multiplication of the '
-                  f'feed-forward takes {about["bfloat16_costs"]:.0f} times as long in it as in float32, so '
-                  '`train.dtype = "auto"` is float32 here, and no step was measured.', '']
+    if 'bfloat16_costs' in about:
+        lines += ['bfloat16 was not measured: this hardware has no instructions for it. A matrix '
+                  f'multiplication of the feed-forward takes {about["bfloat16_costs"]:.0f} times as long in '
+                  'it as in float32, so `train.dtype = "auto"` is float32 here.', '']
+    elif 'bfloat16' not in tables:
+        lines += ['bfloat16 was not measured.', '']
     for dtype, (rows, peak) in tables.items():
         measured = f', the better rate of "{ALONE}" in this run'*(peak.source == 'measured')
         lines += [f'## {dtype}', '', *table(rows), '', f'MFU and HFU are shares of {peak}{measured}.', '']
@@ -392,7 +394,7 @@ def main(s):
              'torch': torch.__version__, 'transformers': transformers.__version__,
              'date': time.strftime('%Y-%m-%d'),
              'measured_rounds': min(rounds), 'host': verdict, 'convention': 'matrices, attention'}
-    if 'bfloat16' not in dtypes: about['bfloat16_costs'] = bfloat16_costs(s)
+    if s.dtype == 'auto' and 'bfloat16' not in dtypes: about['bfloat16_costs'] = bfloat16_costs(s)
     about['load'] = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
     results = {dtype: {'peak': str(peak), 'rows': rows} for dtype, (rows, peak) in tables.items()}
     results = {'settings': about, **next(iter(results.values())), 'precisions': results}

@@ -345,10 +345,11 @@ def _retry_without(tex:TexRun, name:str)->bool:
 # %% ../../nbs/7C_data.latex.ipynb #acts
 _IMPORT = '\\import', '\\subimport'
 
-def _find_file(tex:TexRun, command:str, name:str, asker:str)->str|None: # asker: the file that asks
+def _find_file(tex:TexRun, cursor:_Cursor, command:str, asker:str)->str|None: # asker: the file that asks
     "From the top of the submission, or else from the asker's folder; for `\\subimport` the other way round"
+    name = _file_name(cursor, command).strip().strip('"')
     homes = sorted({'', posixpath.dirname(asker)}, reverse=command == '\\subimport')
-    names = (posixpath.normpath(posixpath.join(home, name.strip().strip('"'))) for home in homes)
+    names = (posixpath.normpath(posixpath.join(home, name)) for home in homes)
     return next((n for found in names for n in (found, found + '.tex') if n in tex.files), None)
 
 def _file_name(cursor:_Cursor, command:str='\\input')->str:
@@ -368,7 +369,7 @@ def _input(tex:TexRun, token:str)->bool:
     "The tokens of a file, if it is there and not open already"
     cursor = _Cursor(tex)
     try:
-        name = _find_file(tex, token, _file_name(cursor, token), tex.open[-1])
+        name = _find_file(tex, cursor, token, tex.open[-1])
     except _Mismatch:
         return False
     if not name or name in tex.open or tex.work > tex.limit: return False
@@ -490,8 +491,7 @@ def input_files(files:dict[str, list[str]],     # name -> tokens
             if _COMMANDS.get(token) is not _input: continue
             tex.stack[:] = tokens[i + 1:i + 100][::-1]
             try:
-                asked = _find_file(tex, token, _file_name(_Cursor(tex), token), name)
-                found |= {asked} - {name, None}
+                found |= {_find_file(tex, _Cursor(tex), token, name)} - {name, None}
             except _Mismatch:
                 pass
     return found

@@ -360,11 +360,10 @@ def find_files(source:str,
     kind = find_source(source)
     found = {os.path.realpath(p): os.path.abspath(p) for path in paths for p in _files_at(str(path), kind)}
     if not found: raise UserError(f'name the raw files of {kind.title}, or a folder of them')
-    raw = {path for real, path in found.items() if not (out and _is_in(real, out))}
+    result = out and os.path.realpath(out)
+    raw = {path for real, path in found.items() if not (out and Path(real).is_relative_to(result))}
     if not raw: raise UserError(f'all raw files lie in {out}, the folder of the result; choose another')
     return _named(sorted(raw))
-
-def _is_in(real:str, folder)->bool: return Path(real).is_relative_to(os.path.realpath(folder))
 
 def _named(paths:list[str])->dict[str, str]:
     root = os.path.commonpath([os.path.dirname(p) for p in paths])
