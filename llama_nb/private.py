@@ -6,7 +6,7 @@
 __all__ = ['COLLECTIVES', 'cpu_attention', 'cpu_attention_backward', 'onednn_linear', 'has_onednn_linear', 'cpu_keys',
            'constant_in_graphs', 'within_transform', 'compiler_with_budget', 'send_while_multiplying',
            'set_group_timeout', 'local_box', 'is_strided', 'OperatorMode', 'fake_ranks', 'fake_tensors',
-           'dtensor_plans_in', 'equal_plans_once', 'group_name', 'skip_where', 'xformers_borders',
+           'compiler_for_fakes', 'dtensor_plans_in', 'equal_plans_once', 'group_name', 'skip_where', 'xformers_borders',
            'xformers_has_kernels']
 
 # %% ../nbs/97_private.ipynb #imports
@@ -128,6 +128,16 @@ def fake_tensors():
     "A context in which tensors have shapes and no bytes"
     from torch._subclasses import FakeTensorMode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+def compiler_for_fakes(backend:str)->Callable: # of `torch.compile`
+    "A backend whose graphs can be called with fake tensors that the compiler has not made"
+    def compiler(graph, inputs, **options):
+        from torch._subclasses import FakeTensor
+        from torch.distributed.tensor import DTensor
+        inner, mode = torch._dynamo.lookup_backend(backend), torch._guards.TracingContext.get().fake_mode
+        fakes = FakeTensor, DTensor
+        return inner(graph, [mode.from_tensor(x) if isinstance(x, fakes) else x for x in inputs], **options)
+    return compiler
 
 @contextmanager
 def dtensor_plans_in(aside:Callable): # returns a context manager

@@ -26,7 +26,7 @@ from ..data.mixture import text_facts
 from ..flags import take_flag
 from ..model import chunked_loss, kernels, transformer
 from ..parallel.mesh import make_mesh
-from ..private import COLLECTIVES, OperatorMode
+from ..private import COLLECTIVES, OperatorMode, compiler_for_fakes
 from ..private import dtensor_plans_in, equal_plans_once, fake_ranks, fake_tensors, group_name
 from ..run_file import load_run
 from .layout import USABLE
@@ -240,7 +240,7 @@ def _open(config:RunConfig, layout:tuple[int, int, int], mesh)->Trainer: # its t
     run.model = build_model(config, torch.device('meta'), mesh, draw=False, backend=_BACKEND)
     return run
 
-_BACKEND = 'aot_eager_decomp_partition'                       # graphs as for Inductor, kernels one by one
+_BACKEND = compiler_for_fakes('aot_eager_decomp_partition')   # graphs as for Inductor, kernels one by one
 
 def _fill(run:Trainer):
     "Give a run its tensors and batches; under `fake_tensors` they are fake"
