@@ -46,6 +46,9 @@ PARTS = {
                         'gpu_runs:layouts'),
     'kernels':     Part('attention and the loss by themselves', 90, 'gpu_kernels:kernels'),
     'documents':   Part('packing with document masking against packing without', 120, 'gpu_runs:documents'),
+    'ranks':       Part('several GPUs: every layout beside one of them, another layout in the middle, speed',
+                        600,
+                        'gpu_ranks:ranks'),
 }
 
 # --- inside a part --------------------------------------------------------------------------------

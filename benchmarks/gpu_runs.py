@@ -84,13 +84,13 @@ def size_of(folder:Path)->int: return sum(p.stat().st_size for p in folder.rglob
 
 # --- runs as processes ----------------------------------------------------------------------------
 
-def torchrun(*program)->subprocess.Popen:
-    "One rank started by torchrun; what it prints is read by `finish`"
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1',
-               *map(str, program)]
+def torchrun(*program, ranks:int=1)->subprocess.Popen:
+    "Ranks started by torchrun; what they print is read by `finish`"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', ranks,
+               *program]
     env = {**os.environ, **LOOPBACK}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            errors='replace')
+    return subprocess.Popen([*map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, errors='replace')
 
 def finish(process, seconds:float)->str:
     "All that it printed; a run that does not end is killed, and says so"
@@ -122,9 +122,10 @@ def write_run(desk, **settings)->tuple[Path, Path]:
     path.write_text(dump_run(config), encoding='utf-8')
     return path, Path(config.out)
 
-def stop_in_the_middle(desk, path:Path, out:Path)->str:
-    "Start a run and send its rank SIGUSR1 after some steps"
-    process, end = torchrun('-m', 'llama_nb', 'train', path), time.monotonic() + desk.left()
+def stop_in_the_middle(desk, path:Path, out:Path, *flags, ranks:int=1)->str:
+    "Start a run and send its ranks SIGUSR1 after some steps"
+    process = torchrun('-m', 'llama_nb', 'train', path, *flags, ranks=ranks)
+    end = time.monotonic() + desk.left()
     while len(metrics(out)) < 3 and process.poll() is None and time.monotonic() < end:
         time.sleep(.01)
     if process.poll() is None:
@@ -161,17 +162,19 @@ def resumes(desk, name:str, repeats:bool=False, **settings):
              stopped_after=stopped and int(stopped[1]), of=settings['steps'], same=same,
              undisturbed_runs_repeat=twice if repeats else None)
 
-def raises(desk):
-    "A step that raises: the traceback is shown and the rank ends (C6)"
+def raises(desk, ranks:int=1):
+    "A step that raises, in the last rank: the traceback is shown and all ranks end (C6)"
     path, _ = write_run(desk, steps=40)
     start = time.perf_counter()
-    process = torchrun(HERE/'gpu_runs.py', path)
+    process = torchrun(HERE/'gpu_runs.py', path, ranks=ranks)
     said = finish(process, min(desk.left(), 90))
     shown = 'Traceback' in said and 'broken on purpose' in said
-    desk.row('a rank that raises', 'in its third step', shown and process.returncode not in (0, -9),
+    name = 'in its third step' + f', the last of {ranks}'*(ranks > 1)
+    desk.row('a rank that raises', name, shown and process.returncode not in (0, -9),
              traceback_shown=shown, exit_code=process.returncode,
              seconds=time.perf_counter() - start)
-    desk.skip('two ranks, one of which raises', 'NCCL takes one rank per GPU; the tests do it with gloo')
+    if torch.cuda.device_count() < 2:
+        desk.skip('two ranks, one of which raises', 'NCCL takes one rank per GPU; the tests do it with gloo')
 
 def broken_run(path:str):
     "The command line with a third step that raises"
@@ -179,7 +182,8 @@ def broken_run(path:str):
     whole, calls = loop.train_step, []
     def train_step(run):
         calls.append(1)
-        if len(calls) == 3: raise KeyError('broken on purpose')
+        last = os.environ['RANK'] == str(int(os.environ['WORLD_SIZE']) - 1)
+        if last and len(calls) == 3: raise KeyError('broken on purpose')
         return whole(run)
     loop.train_step, sys.argv = train_step, ['llama-nb', 'train', path]
     program()

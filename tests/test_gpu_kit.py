@@ -11,13 +11,13 @@ from fork_server import Forked
 
 KIT = Path(__file__).resolve().parent.parent/'benchmarks'
 sys.path.insert(0, str(KIT))
-import gpu, gpu_parts, gpu_runs, gpu_step
+import gpu, gpu_parts, gpu_ranks, gpu_runs, gpu_step
 from gpu import PARTS, Part, Results, cell, run_parts
 from llama_nb.config import ModelConfig
 
 pytestmark = pytest.mark.timeout(900)                            # the miniature is made by whoever asks first
 HALVES = [('environment', 'tests', 'graphs', 'sync', 'memory', 'documents'),
-          ('parity', 'step', 'step_7B', 'profile', 'nccl', 'layouts', 'kernels')]
+          ('parity', 'step', 'step_7B', 'profile', 'nccl', 'layouts', 'kernels', 'ranks')]
 
 # --- the miniature --------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def test_a_part_in_miniature(miniature, name):
 
 LEFT_OUT = {'environment': 'xformers beside a torch for CUDA 13', 'tests': 'gpu_cuda', 'graphs': 'Inductor',
             'sync': 'host synchronisation', 'step_7B': '7B', 'nccl': 'a second device by its number',
-            'documents': 'compiled blocks'}
+            'documents': 'compiled blocks', 'ranks': 'speed'}
 
 @pytest.mark.parametrize('name', LEFT_OUT)
 def test_what_was_skipped_is_said(miniature, name):
@@ -101,6 +101,11 @@ def test_a_contest_of_one_set_of_weights(miniature):
 
 def test_stopped_in_the_middle(miniature):
     assert rows(miniature[0]['nccl'], 'resumed bit for bit')['plain attention']['stopped_after'] < 30
+
+def test_two_ranks_agree_with_one_in_either_layout(miniature):
+    "float32 rounds at 6e-8; a few of these in each of some thirty steps"
+    [found] = rows(miniature[0]['ranks'], 'another layout in the middle').values()
+    assert max(found['loss'], found['grad_norm']) < 1e-5 and 0 < found['stopped_after'] < 30
 
 def test_the_batch_has_borders(miniature):
     losses = rows(miniature[0]['parity'], 'the batch has borders of documents')['loss']
@@ -203,7 +208,9 @@ def test_time_that_is_given_is_kept(bench):
     assert not fine and not parts and time.monotonic() - begun < 60
 
 def test_limits_fit_into_half_an_hour():
-    assert sum(p.seconds for p in PARTS.values()) <= 1800 and max(p.seconds for p in PARTS.values()) <= 600
+    "On one GPU, where the part for several ends at once"
+    one = sum(p.seconds for name, p in PARTS.items() if name != 'ranks')
+    assert one <= 1800 and max(p.seconds for p in PARTS.values()) <= 600
 
 @pytest.mark.parametrize('form, limit', [('gpu', 300), ('cpu', 900)])
 def test_patience_multiplies_the_limits(tmp_path, monkeypatch, form, limit):
@@ -363,6 +370,42 @@ class OnGpu(Desk):
     def __init__(self, folder):
         super().__init__(folder)
         self.gpu, self.form = True, 'gpu'
+
+# --- several GPUs -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('n, at_least', [(2, 1), (4, 2), (8, 3)])
+def test_layouts_of_several_gpus(n, at_least):
+    "All use all; every kind of group is in one, and with eight all three are in the same"
+    found = gpu_ranks.layouts(n).values()
+    assert {replicate*shard*tensor for replicate, shard, tensor in found} == {n}
+    assert all(max(sizes) > 1 for sizes in zip(*found))
+    assert max(sum(k > 1 for k in layout) for layout in found) == at_least
+
+@pytest.mark.parametrize('gpus, ranks', [(1, []), (2, [2]), (3, [2]), (6, [4]), (8, [8])])
+def test_as_many_gpus_as_a_power_of_two(tmp_path, monkeypatch, gpus, ranks):
+    asked, desk = [], OnGpu(tmp_path)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    for name in ('changes', 'agree', 'raises', 'speed'):
+        monkeypatch.setattr(gpu_ranks, name, lambda desk, n, *how: asked.append(n))
+    gpu_ranks.ranks(desk)
+    assert sorted({*asked}) == ranks and [r['why'] for r in desk.rows] == ['there is one']*(gpus == 1)
+
+STEPS = [{'step': i, 'loss': 6. - i, 'grad_norm': 1.} for i in range(3)]
+
+@pytest.mark.parametrize('changed, fine', [({}, True), ({'loss': 5.001}, False), ({'grad_norm': .999}, False),
+                                           ({'step': 7}, False)])
+def test_a_layout_that_differs_is_seen(tmp_path, changed, fine):
+    desk, other = Desk(tmp_path), [STEPS[0], STEPS[1] | changed, STEPS[2]]
+    for name, steps in (('one', STEPS), ('many', other)):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'metrics.jsonl').write_text(''.join(json.dumps(s) + '\n' for s in steps))
+    gpu_ranks.compare(desk, 'layouts', 'FSDP', tmp_path/'many', tmp_path/'one', 1e-4, 'said')
+    assert [r['ok'] for r in desk.rows] == [fine]
+
+def test_a_rank_is_quoted_and_not_torchrun():
+    said = ("[rank1]: ValueError: on purpose\nE1128 torch/distributed/elastic/multiprocessing/api.py:988] "
+            "failed (exitcode: 1)\nTraceback (most recent call last):\n")
+    assert gpu_ranks.last_words(said) == '[rank1]: ValueError: on purpose'
 
 AS_ON_HOPPER = {('sdpa', 'cross'), ('xformers', 'separate')}
 
