@@ -17,7 +17,7 @@ help:
 	@echo 'make versions   the same with PYTHON=... TORCH=..., noted in benchmarks/versions.md (half an hour)'
 	@echo 'make torture    ranks killed at random instants, during saves too, and further sizes, layouts and modes (long)'
 	@echo 'make test-slurm a batch job on a real one-node Slurm, preempted and requeued (root on Debian or Ubuntu; minutes)'
-	@echo 'make gpu        on a machine with GPUs: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour, ten minutes more with several; PARTS="graphs sync"; on a slow machine PATIENCE=2)'
+	@echo 'make gpu        on a machine with GPUs: the tests that need one, benchmarks, tables in benchmarks/gpu (half an hour, twenty minutes more with several; PARTS="graphs sync"; on a slow machine PATIENCE=2)'
 	@echo 'make edit       the notebooks in Jupyter Lab'
 	@echo 'make prepare    after editing a notebook: clean, export, pictures, README'
 	@echo 'make docs       the site in _docs, with search and an index of all names (a minute; needs no PyTorch)'

@@ -12,6 +12,7 @@ make sense run in miniature, and the tables say what was skipped.
 """
 import argparse, importlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,10 @@ PARTS = {
                         'gpu_runs:layouts'),
     'kernels':     Part('attention and the loss by themselves', 90, 'gpu_kernels:kernels'),
     'documents':   Part('packing with document masking against packing without', 120, 'gpu_runs:documents'),
-    'ranks':       Part('several GPUs: every layout beside one of them, another layout in the middle, speed',
-                        600,
-                        'gpu_ranks:ranks'),
+    'ranks':       Part('several GPUs: every layout beside one of them, another layout in the middle of a '
+                        'run, a rank that raises', 600, 'gpu_ranks:ranks'),
+    'ranks_speed': Part('several GPUs: steps of 1.3B in every layout beside one of them', 600,
+                        'gpu_ranks:speed'),
 }
 
 # --- inside a part --------------------------------------------------------------------------------
@@ -56,13 +58,17 @@ PARTS = {
 class Desk:
     "What a part works with: the form (gpu or cpu), a folder for data and runs, and the rows that it hands in"
     def __init__(self, form:str, work, seconds:float):
-        self.form, self.gpu, self.work = form, form == 'gpu', Path(work)
+        self.form, self.gpu, self.work, self.seconds = form, form == 'gpu', Path(work), seconds
         self.end = time.monotonic() + seconds - 10              # 10 s to begin and to end in
         self.out = self.work/'files'                            # what is put here is kept beside the tables
 
     def left(self)->float:
         "Seconds until it should be done"
         return self.end - time.monotonic()
+
+    def share(self, part:float)->float:
+        "Seconds for one of several things: that part of all its time, or what is left"
+        return min(part*self.seconds, self.left())
 
     def row(self, table:str, name:str, ok:bool|None=None, **values):
         """Hand in a row, in the place of one of the same table and name. `ok` False is a problem, None a
@@ -103,12 +109,23 @@ class Listener(threading.Thread):
             print('   ', said.rstrip(), flush=True)
             self.tail.append(said.rstrip()[:300])
 
-def end_group(process):
-    "End a part and everything that it has started"
+def parent(pid:int)->int:
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+    except OSError:
+        return 0                                    # it has ended meanwhile
+
+def children(pid:int)->list[int]:
+    return [p for p in map(int, filter(str.isdecimal, os.listdir('/proc'))) if parent(p) == pid]
+
+def descendants(pid:int)->list[int]:
+    return [p for child in children(pid) for p in (child, *descendants(child))]
+
+def end_group(process):
+    "End a part and everything that it has started; torchrun gives each rank a session of its own"
+    below = descendants(process.pid)
+    for end, which in ((os.killpg, process.pid), *((os.kill, pid) for pid in below)):
+        with suppress(ProcessLookupError): end(which, signal.SIGKILL)
     process.wait()
 
 def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:
@@ -142,7 +159,8 @@ def look(form:str, work:Path)->dict:
     "The device and the versions, seen by a process that ends again, so that the GPU is free for the parts"
     code = '''import json, os, platform, torch
 gpu = torch.cuda.is_available()
-print(json.dumps({'gpu': gpu, 'device': torch.cuda.get_device_name() if gpu else '',
+print(json.dumps({'gpu': gpu, 'gpus': torch.cuda.device_count(),
+                  'device': torch.cuda.get_device_name() if gpu else '',
                   'memory_gb': torch.cuda.get_device_properties(0).total_memory/1e9 if gpu else 0,
                   'torch': torch.__version__, 'cuda': torch.version.cuda, 'cores': os.cpu_count(),
                   'python': platform.python_version()}))'''
@@ -162,9 +180,10 @@ def processor()->str:
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')),
                 'of unknown name')
 
-def folder_name(device:str)->str:
-    "'NVIDIA H100 80GB HBM3' -> 'NVIDIA-H100-80GB-HBM3'"
-    return re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')
+def folder_name(about:dict)->str:
+    "'NVIDIA H100 80GB HBM3' -> 'NVIDIA-H100-80GB-HBM3'; eight of them: 'NVIDIA-H100-80GB-HBM3-x8'"
+    name = re.sub(r'[^A-Za-z0-9]+', '-', about['device']).strip('-')
+    return f'{name}-x{about["gpus"]}' if about.get('gpus', 1) > 1 else name
 
 def install(wheels:list[str], site:Path):
     """Wheels, or folders of wheels, for the parts alone: nothing is fetched and nothing is changed outside of
@@ -287,7 +306,7 @@ def keep_files(source:Path, folder:Path):
 def merge(folders:list[str], out:Path):
     "One record from several of the same device; of a part that is in several the last one counts"
     found = [json.loads((Path(f)/'results.json').read_text(encoding='utf-8')) for f in folders]
-    results = Results(out/folder_name(found[-1]['about']['device']), found[-1]['about'])
+    results = Results(out/folder_name(found[-1]['about']), found[-1]['about'])
     for data in found: results.data['parts'] |= data['parts']
     results.write()
     print(results.folder)
@@ -326,7 +345,7 @@ def main()->int:
         about = look(a.form, work)
         if a.form == 'gpu' and about['form'] != 'gpu':
             raise SystemExit('there is no GPU that torch can use; --form cpu runs the miniature')
-        results = Results(Path(a.out)/folder_name(about['device']), about)
+        results = Results(Path(a.out)/folder_name(about), about)
         fine = run_parts({n: PARTS[n] for n in PARTS if n in a.parts}, results, about['form'], work,
                          a.minutes, a.again, a.patience)
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 document masking costs."""
 import itertools, json, multiprocessing, os, re, signal, socket, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 import torch
@@ -16,12 +16,14 @@ from llama_nb.train import trainer as loop
 from llama_nb.train.stored import list_checkpoints, load_checkpoint
 from llama_nb.train.optim import make_optimizer
 from llama_nb.train.run import build_model
+from gpu import children
 from gpu_parts import (DOCUMENTS, MINI, SMALL, backends, device, first_line, free, no_synchronisation,
                        run_config, trainer, wait)
 
 HERE = Path(__file__).resolve().parent
 WIDE = ModelConfig(2048, 2, 16, vocab_size=2048)
-LOOPBACK = {'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo'}
+# and no word of NCCL's that nobody reads
+LOOPBACK = {'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo', 'NCCL_DEBUG': 'WARN'}
 
 # --- one rank, as torchrun starts it --------------------------------------------------------------
 
@@ -98,17 +100,9 @@ def finish(process, seconds:float)->str:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         pass
-    for pid in [*children(process.pid), process.pid]: os.kill(pid, signal.SIGKILL)
+    for pid in [*children(process.pid), process.pid]:
+        with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
     return process.communicate()[0] + f'\nkilled after {seconds:.0f} s'
-
-def parent(pid:int)->int:
-    try:
-        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
-    except OSError:
-        return 0                                    # it has ended meanwhile
-
-def children(pid:int)->list[int]:
-    return [p for p in map(int, filter(str.isdecimal, os.listdir('/proc'))) if parent(p) == pid]
 
 def metrics(out)->list[dict]:
     path = Path(out)/'metrics.jsonl'
@@ -122,15 +116,16 @@ def write_run(desk, **settings)->tuple[Path, Path]:
     path.write_text(dump_run(config), encoding='utf-8')
     return path, Path(config.out)
 
-def stop_in_the_middle(desk, path:Path, out:Path, *flags, ranks:int=1)->str:
+def stop_in_the_middle(path:Path, out:Path, *flags, seconds:float, ranks:int=1)->str:
     "Start a run and send its ranks SIGUSR1 after some steps"
     process = torchrun('-m', 'llama_nb', 'train', path, *flags, ranks=ranks)
-    end = time.monotonic() + desk.left()
+    end = time.monotonic() + seconds
     while len(metrics(out)) < 3 and process.poll() is None and time.monotonic() < end:
         time.sleep(.01)
     if process.poll() is None:
-        for rank in children(process.pid): os.kill(rank, signal.SIGUSR1)
-    return finish(process, desk.left())
+        for rank in children(process.pid):
+            with suppress(ProcessLookupError): os.kill(rank, signal.SIGUSR1)
+    return finish(process, end - time.monotonic())
 
 def what_came(out:Path)->tuple:
     "Losses of all steps, and every tensor of the last checkpoint"
@@ -149,7 +144,8 @@ def resumes(desk, name:str, repeats:bool=False, **settings):
     (whole, kept), (again, other), (cut, out) = (write_run(desk, **settings) for _ in range(3))
     def train(path): return finish(torchrun('-m', 'llama_nb', 'train', path), desk.left())
     with ThreadPoolExecutor() as together:
-        said, stopped = together.submit(train, whole), together.submit(stop_in_the_middle, desk, cut, out)
+        said = together.submit(train, whole)
+        stopped = together.submit(stop_in_the_middle, cut, out, seconds=desk.left())
         if repeats: together.submit(train, again)
     if not list_checkpoints(kept/'checkpoints'):
         desk.row('resumed bit for bit', name, False, why=said.result()[-300:])
@@ -164,10 +160,10 @@ def resumes(desk, name:str, repeats:bool=False, **settings):
 
 def raises(desk, ranks:int=1):
     "A step that raises, in the last rank: the traceback is shown and all ranks end (C6)"
-    path, _ = write_run(desk, steps=40)
+    path, _ = write_run(desk, steps=40, batch=4*ranks)
     start = time.perf_counter()
     process = torchrun(HERE/'gpu_runs.py', path, ranks=ranks)
-    said = finish(process, min(desk.left(), 90))
+    said = finish(process, desk.share(.5 if ranks == 1 else .2))
     shown = 'Traceback' in said and 'broken on purpose' in said
     name = 'in its third step' + f', the last of {ranks}'*(ranks > 1)
     desk.row('a rank that raises', name, shown and process.returncode not in (0, -9),

@@ -1,8 +1,9 @@
 """The GPU kit on a machine without a GPU: its miniature, and parts that are broken on purpose. What it shows
 of a GPU needs one."""
-import json, os, signal, subprocess, sys, time
+import itertools, json, os, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,10 +15,13 @@ sys.path.insert(0, str(KIT))
 import gpu, gpu_parts, gpu_ranks, gpu_runs, gpu_step
 from gpu import PARTS, Part, Results, cell, run_parts
 from llama_nb.config import ModelConfig
+from llama_nb.run_file import load_run
+from llama_nb.settings import degrees
+from llama_nb.train.run import check_settings
 
 pytestmark = pytest.mark.timeout(900)                            # the miniature is made by whoever asks first
 HALVES = [('environment', 'tests', 'graphs', 'sync', 'memory', 'documents'),
-          ('parity', 'step', 'step_7B', 'profile', 'nccl', 'layouts', 'kernels', 'ranks')]
+          ('parity', 'step', 'step_7B', 'profile', 'nccl', 'layouts', 'kernels', 'ranks', 'ranks_speed')]
 
 # --- the miniature --------------------------------------------------------------------------------
 
@@ -60,7 +64,7 @@ def test_a_part_in_miniature(miniature, name):
 
 LEFT_OUT = {'environment': 'xformers beside a torch for CUDA 13', 'tests': 'gpu_cuda', 'graphs': 'Inductor',
             'sync': 'host synchronisation', 'step_7B': '7B', 'nccl': 'a second device by its number',
-            'documents': 'compiled blocks', 'ranks': 'speed'}
+            'documents': 'compiled blocks', 'ranks': 'each layout', 'ranks_speed': 'speed'}
 
 @pytest.mark.parametrize('name', LEFT_OUT)
 def test_what_was_skipped_is_said(miniature, name):
@@ -120,7 +124,8 @@ def raises(desk):
     raise KeyError('on purpose')
 def hangs(desk):
     desk.row('t', 'before', True)
-    print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)
+    sleeps = [sys.executable, '-c', 'import time; time.sleep(600)']
+    for own in (False, True): print('child', subprocess.Popen(sleeps, start_new_session=own).pid, flush=True)
     time.sleep(600)
 def killed(desk): os.kill(os.getpid(), signal.SIGKILL)
 def wrong(desk):
@@ -161,8 +166,10 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(bench):
     fine, parts = bench('hangs', 'fine', seconds=4.)
     assert not fine and parts['hangs']['status'].startswith('over its limit')
     assert parts['fine']['status'] == 'done'
-    child = int(next(line for line in parts['hangs']['tail'] if line.startswith('child')).split()[1])
-    assert not Path(f'/proc/{child}').exists() or 'Z' in Path(f'/proc/{child}/stat').read_text().split()[2]
+    children = [line.split()[1] for line in parts['hangs']['tail'] if line.startswith('child')]
+    assert len(children) == 2                               # the second in a session of its own, as a rank is
+    for child in map(Path('/proc').joinpath, children):
+        assert not child.exists() or 'Z' in (child/'stat').read_text().split()[2]
 
 def test_it_goes_on_where_it_was_stopped(bench, tmp_path):
     """A part that is done stays; one that was under way when everything was killed, or had a problem, is run
@@ -208,8 +215,8 @@ def test_time_that_is_given_is_kept(bench):
     assert not fine and not parts and time.monotonic() - begun < 60
 
 def test_limits_fit_into_half_an_hour():
-    "On one GPU, where the part for several ends at once"
-    one = sum(p.seconds for name, p in PARTS.items() if name != 'ranks')
+    "On one GPU, where the parts for several end at once"
+    one = sum(p.seconds for name, p in PARTS.items() if not name.startswith('ranks'))
     assert one <= 1800 and max(p.seconds for p in PARTS.values()) <= 600
 
 @pytest.mark.parametrize('form, limit', [('gpu', 300), ('cpu', 900)])
@@ -229,7 +236,9 @@ def test_patience_multiplies_the_limits(tmp_path, monkeypatch, form, limit):
 # --- what is computed, not measured ---------------------------------------------------------------
 
 def test_folder_of_a_device():
-    assert gpu.folder_name('NVIDIA H100 80GB HBM3') == 'NVIDIA-H100-80GB-HBM3'
+    about = {'device': 'NVIDIA H100 80GB HBM3'}
+    assert gpu.folder_name(about) == gpu.folder_name(about | {'gpus': 1}) == 'NVIDIA-H100-80GB-HBM3'
+    assert gpu.folder_name(about | {'gpus': 8}) == 'NVIDIA-H100-80GB-HBM3-x8'
 
 def test_layers_of_7B_that_fit():
     """An H200 of 141 GB holds all of 7B with its float32 states (16 bytes for each of 6.74e9 parameters), an
@@ -381,26 +390,104 @@ def test_layouts_of_several_gpus(n, at_least):
     assert all(max(sizes) > 1 for sizes in zip(*found))
     assert max(sum(k > 1 for k in layout) for layout in found) == at_least
 
-@pytest.mark.parametrize('gpus, ranks', [(1, []), (2, [2]), (3, [2]), (6, [4]), (8, [8])])
-def test_as_many_gpus_as_a_power_of_two(tmp_path, monkeypatch, gpus, ranks):
-    asked, desk = [], OnGpu(tmp_path)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
-    for name in ('changes', 'agree', 'raises', 'speed'):
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    "A desk that says it has so many GPUs, joined or not; no run is started, its tokens are short"
+    monkeypatch.setattr(gpu_parts, 'shards', lambda desk, longest: 'tokens')
+    def make(n, joined=True):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: n)
+        monkeypatch.setattr(torch.cuda, 'can_device_access_peer', lambda a, b: joined)
+        monkeypatch.setattr(sys, 'argv', ['gpu.py', '--worker', 'gpu_ranks:ranks'])
+        return OnGpu(tmp_path)
+    return make
+
+@pytest.mark.parametrize('n, ranks', [(1, []), (2, [2]), (3, [2]), (6, [4]), (8, [8])])
+def test_as_many_gpus_as_a_power_of_two(gpus, monkeypatch, n, ranks):
+    asked, desk = [], gpus(n)
+    for name in ('changes', 'agree', 'raises'):
         monkeypatch.setattr(gpu_ranks, name, lambda desk, n, *how: asked.append(n))
     gpu_ranks.ranks(desk)
-    assert sorted({*asked}) == ranks and [r['why'] for r in desk.rows] == ['there is one']*(gpus == 1)
+    assert sorted({*asked}) == ranks and [r['why'] for r in desk.rows] == ['there is one']*(n == 1)
+
+@pytest.mark.parametrize('n', [2, 4, 8, 16])
+def test_every_run_on_several_gpus_can_begin(gpus, monkeypatch, n):
+    "The settings of each command that the parts would give are asked, with its number of ranks"
+    desk, asked = gpus(n), []
+    def torchrun(*program, ranks=1):
+        config = load_run(next(p for p in program if str(p).endswith('.toml')),
+                          [str(p) for p in program if str(p).startswith('--') or str(p).isdecimal()])
+        layout = degrees(config.parallel, config.model, ranks)
+        asked.append((layout, config.parallel.async_tensor))
+        plain = replace(config, parallel=replace(config.parallel, async_tensor=False))
+        plain = replace(plain, train=replace(plain.train, compile='off', device='cpu'))
+        check_settings(plain, torch.device('cpu'), layout[0]*layout[1], layout[2])
+        return SimpleNamespace(returncode=0, poll=lambda: 0)
+    def finish(process, seconds): return ''
+    for module, name in itertools.product((gpu_runs, gpu_ranks), ('torchrun', 'finish')):
+        monkeypatch.setattr(module, name, locals()[name])
+    monkeypatch.setattr(gpu_ranks, 'fitting', lambda *args: (gpu_ranks.ONE_B, '1.3B'))
+    def alone(desk, table, settings): return gpu_runs.write_run(desk, **settings)[1]
+    monkeypatch.setattr(gpu_ranks, 'alone', alone)
+    gpu_ranks.ranks(desk)
+    gpu_ranks.speed(desk)
+    layouts = {*gpu_ranks.layouts(n).values()}
+    assert layouts <= {layout for layout, _ in asked} and ((1, n//2, 2), True) in asked
+
+def test_gpus_that_are_not_joined_are_not_asked_to_send_while_they_multiply(gpus):
+    desk = gpus(4, joined=False)
+    assert not any(together for _, _, together in gpu_ranks.cases(desk, 4))
+    assert [r['name'] for r in desk.rows] == ['asynchronous tensor parallelism']
 
 STEPS = [{'step': i, 'loss': 6. - i, 'grad_norm': 1.} for i in range(3)]
+OTHERS = [({}, 0, None), ({'loss': 5.05}, .01, None), ({'grad_norm': .9}, .1, None),
+          ({'step': 7}, 0, 'steps'), ({'loss': None}, 0, 'step 1 is not finite')]
 
-@pytest.mark.parametrize('changed, fine', [({}, True), ({'loss': 5.001}, False), ({'grad_norm': .999}, False),
-                                           ({'step': 7}, False)])
-def test_a_layout_that_differs_is_seen(tmp_path, changed, fine):
-    desk, other = Desk(tmp_path), [STEPS[0], STEPS[1] | changed, STEPS[2]]
-    for name, steps in (('one', STEPS), ('many', other)):
+@pytest.mark.parametrize('changed, far, why', OTHERS)
+def test_a_layout_that_differs_is_seen(tmp_path, changed, far, why):
+    for name, step in (('one', {}), ('many', changed)):
         (tmp_path/name).mkdir()
+        (tmp_path/name/'results.json').touch()
+        steps = [STEPS[0], STEPS[1] | step, STEPS[2]]
         (tmp_path/name/'metrics.jsonl').write_text(''.join(json.dumps(s) + '\n' for s in steps))
-    gpu_ranks.compare(desk, 'layouts', 'FSDP', tmp_path/'many', tmp_path/'one', 1e-4, 'said')
+    found, said = gpu_ranks.difference(tmp_path/'many', tmp_path/'one')
+    assert max(found.values(), default=0) == pytest.approx(far)
+    assert said is None if why is None else why in said
+    (tmp_path/'many'/'results.json').unlink()
+    assert gpu_ranks.difference(tmp_path/'many', tmp_path/'one')[1]
+
+@pytest.mark.parametrize('steps, said, fine', [(2, 'continuing runs/x after step 2 of 100', True),
+                                               (2, 'training from the beginning', False),
+                                               (100, 'runs/x is finished', False)])
+def test_a_run_that_was_not_resumed_proves_nothing(gpus, tmp_path, monkeypatch, steps, said, fine):
+    desk = gpus(2)
+    monkeypatch.setattr(gpu_ranks, 'alone', lambda *args: tmp_path)
+    monkeypatch.setattr(gpu_ranks, 'stop_in_the_middle', lambda *args, **settings: '')
+    monkeypatch.setattr(gpu_ranks, 'metrics', lambda out: [STEPS[0]]*steps)
+    monkeypatch.setattr(gpu_ranks, 'difference', lambda out, right: ({'loss': 1e-7, 'grad_norm': 0.}, None))
+    monkeypatch.setattr(gpu_ranks, 'train', lambda *args: said)
+    gpu_ranks.changes(desk, 2)
     assert [r['ok'] for r in desk.rows] == [fine]
+
+def test_speed_is_that_of_one_gpu_or_nothing(gpus, monkeypatch):
+    "Memory that ends is no mistake; without the first row nothing is compared with it"
+    monkeypatch.setattr(gpu_ranks, 'fitting', lambda *args: (gpu_ranks.ONE_B, '1.3B'))
+    def measured(first):
+        desk, found = gpus(2), iter([first, {'tokens_per_second': 180.}, {'why': 'ValueError: on purpose'},
+                                     *[{'tokens_per_second': 150.}]*2])
+        monkeypatch.setattr(gpu_ranks, 'timed', lambda *args: next(found))
+        gpu_ranks.speed(desk)
+        return [(r['ok'], r['of_one']) for r in desk.rows]
+    rest = [(False, None), (None, .75), (None, .75)]
+    assert measured({'tokens_per_second': 100.}) == [(None, 1), (None, .9), *rest]
+    assert measured({'why': 'OutOfMemoryError: CUDA'}) == [(None, None), (None, None), (False, None),
+                                                           (None, None), (None, None)]
+
+def test_what_no_time_is_left_for_is_said(gpus, monkeypatch):
+    desk = gpus(2)
+    desk.end = time.monotonic()
+    monkeypatch.setattr(gpu_ranks, 'fitting', lambda *args: (gpu_ranks.ONE_B, '1.3B'))
+    gpu_ranks.speed(desk)
+    assert len(desk.rows) == 5 and {r['table'] for r in desk.rows} == {'skipped'}
 
 def test_a_rank_is_quoted_and_not_torchrun():
     said = ("[rank1]: ValueError: on purpose\nE1128 torch/distributed/elastic/multiprocessing/api.py:988] "
