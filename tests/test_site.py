@@ -13,6 +13,7 @@ NEEDED = ('sphinx', 'myst_nb', 'sphinx_book_theme', 'sphinx_copybutton')
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 REASON = f'{", ".join(MISSING)} not installed: pip install -e ".[docs]"'
 needs_sphinx = pytest.mark.skipif(bool(MISSING), reason=REASON)
+pytestmark = pytest.mark.timeout(900)               # the site is built by whoever asks first
 
 # --- a page as a browser reads it ------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp('site')/'html'
     command = [sys.executable, ROOT/'tools'/'docs.py', folder]
     env = {**os.environ, 'PYTHONWARNINGS': 'ignore'}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     made = Site(folder)
     made.said = done.stderr
