@@ -121,11 +121,15 @@ def children(pid:int)->list[int]:
 def descendants(pid:int)->list[int]:
     return [p for child in children(pid) for p in (child, *descendants(child))]
 
+def end_tree(pid:int):
+    "End a process and what it has started; torchrun gives each rank a session of its own"
+    for each in (*descendants(pid), pid):
+        with suppress(ProcessLookupError): os.kill(each, signal.SIGKILL)
+
 def end_group(process):
-    "End a part and everything that it has started; torchrun gives each rank a session of its own"
-    below = descendants(process.pid)
-    for end, which in ((os.killpg, process.pid), *((os.kill, pid) for pid in below)):
-        with suppress(ProcessLookupError): end(which, signal.SIGKILL)
+    "End a part and everything that it has started, also what has lost its parent"
+    end_tree(process.pid)
+    with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 def run_part(part:Part, form:str, work:Path, limit:float, take)->dict:

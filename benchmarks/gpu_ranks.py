@@ -1,21 +1,20 @@
 """Parts of gpu.py for a machine with several GPUs: what they compute together against one of them, a run that
 goes on in another layout, and how much of one GPU's speed is left to each of many."""
-import itertools, json, os, re, statistics, sys, time
-from dataclasses import replace
+import itertools, json, os, re, sys
 from pathlib import Path
 import torch
 from llama_nb.parallel.processes import stop_ranks
 from llama_nb.parallel.tensor import check_fused
-from llama_nb.run_file import dump_run, load_run
+from llama_nb.run_file import load_run
 from llama_nb.train.trainer import start_run, train_step
-from gpu_parts import LIMITS, first_line, run_config
+from gpu import Desk
+from gpu_parts import LIMITS, first_line, median_ms
 from gpu_runs import NEAR, finish, metrics, raises, stop_in_the_middle, torchrun, write_run
 from gpu_step import ONE_B, fitting
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = {'bfloat16, compiled': {'compile': 'blocks', 'recompute': 'linear'},
-            'float32': {'dtype': 'float32', 'attention': 'sdpa'}}
-FAR = {'bfloat16, compiled': NEAR, 'float32': LIMITS['float32']}
+COMPILED = {'compile': 'blocks', 'recompute': 'linear'}
+FLOAT32 = {'dtype': 'float32', 'attention': 'sdpa'}
 ALONE = (1, 1, 1)
 # of a part's time, for one run: a run that hangs leaves the rest to the others
 ONE_RUN = .2
@@ -35,6 +34,7 @@ def layouts(n:int)->dict[str, tuple[int, int, int]]: # name -> replicate, shard,
 def size(layout:tuple)->int: return layout[0]*layout[1]*layout[2]
 
 def flags(layout:tuple)->list[str]:
+    "Of the command line"
     names = ('replicate', 'shard', 'tensor')
     return [word for name, k in zip(names, layout) for word in (f'--parallel.{name}', str(k))]
 
@@ -51,10 +51,10 @@ def ranks(desk):
         desk.skip('two GPUs or more', 'there is one')
         return
     if desk.gpu:
-        agree(desk, n, 'float32')
+        agree(desk, n, 'float32', FLOAT32, LIMITS['float32'])
         changes(desk, n)
-        raises(desk, n)
-        agree(desk, n, 'bfloat16, compiled')
+        raises(desk, n, desk.share(ONE_RUN))
+        agree(desk, n, 'bfloat16, compiled', COMPILED, NEAR)
     else:
         changes(desk, n)
         desk.skip('each layout by itself; a rank among others that raises', 'the tests do it with gloo')
@@ -80,22 +80,26 @@ def difference(out:Path, right:Path)->tuple[dict, str|None]: # errors, and why t
     if wrong: return {}, f'step {wrong[0]} is not finite'
     return {k: max(abs(a[k]/b[k] - 1) for a, b in zip(got, expected)) for k in ('loss', 'grad_norm')}, None
 
-def agree(desk, n:int, how:str):
+def compare(desk, table:str, name:str, out:Path, right:Path, limit:float, said:str, held:bool=True, **values):
+    "A row: a finished run beside that of one rank. It is fine below the limit, if all else `held`"
+    far, why = difference(out, right)
+    desk.row(table, name, held and bool(far) and max(far.values()) < limit, **far, limit=limit, **values,
+             why=why and f'{why}: {last_words(said)}')
+
+def agree(desk, n:int, how:str, settings:dict, limit:float):
     "Twenty steps of every layout beside those of one rank"
-    table, settings = f'{n} ranks beside one, {how}', {'steps': 20, 'batch': 2*n, **SETTINGS[how]}
+    table, settings = f'{n} ranks beside one, {how}', {'steps': 20, 'batch': 2*n, **settings}
     right = alone(desk, table, settings)
     for name, layout in layouts(n).items() if right else ():
         if out_of_time(desk, f'{table}, {name}'): continue
         path, out = write_run(desk, **settings)
         said = train(desk, path, layout)
-        far, why = difference(out, right)
-        fine = bool(far) and max(far.values()) < FAR[how]
-        desk.row(table, name, fine, **far, limit=FAR[how], why=why and f'{why}: {last_words(said)}')
+        compare(desk, table, name, out, right, limit, said)
 
 def changes(desk, n:int):
     "A run that is stopped as FSDP and goes on with tensor parallelism, beside one rank that nobody disturbs"
     table, steps = 'another layout in the middle', 100 if desk.gpu else 30
-    settings = {'steps': steps, 'batch': 2*n, **SETTINGS['float32']}
+    settings = {'steps': steps, 'batch': 2*n, **FLOAT32}
     right = alone(desk, table, settings)
     if not right: return
     path, out = write_run(desk, **settings)
@@ -103,12 +107,9 @@ def changes(desk, n:int):
     stop_in_the_middle(path, out, *flags(first), seconds=desk.share(ONE_RUN), ranks=n)
     stopped = len(metrics(out))
     said = train(desk, path, second)
-    far, why = difference(out, right)
     resumed = 0 < stopped < steps and f'after step {stopped} of {steps}' in said
-    fine = resumed and bool(far) and max(far.values()) < LIMITS['float32']
-    desk.row(table, f'{n} ranks, shard {n}, then shard {n//2} x tensor 2', fine, **far,
-             limit=LIMITS['float32'], stopped_after=stopped, resumed=resumed,
-             why=why and f'{why}: {last_words(said)}')
+    compare(desk, table, f'{n} ranks, shard {n}, then shard {n//2} x tensor 2', out, right,
+            LIMITS['float32'], said, resumed, stopped_after=stopped, resumed=resumed)
 
 def out_of_time(desk, name:str)->bool:
     if desk.left() > ONE_RUN*desk.seconds/2: return False
@@ -146,28 +147,20 @@ def cases(desk, n:int):
 
 def timed(desk, model, layout:tuple, together:bool)->dict:
     "What a step takes on these ranks; why it took none"
-    config = run_config(desk, model, batch=8*size(layout), micro=4, compile='blocks', recompute='none')
-    shape = dict(zip(('replicate', 'shard', 'tensor'), layout), async_tensor=together)
-    path, result = desk.work/'speed.toml', desk.work/'speed.json'
-    path.write_text(dump_run(replace(config, parallel=replace(config.parallel, **shape))), encoding='utf-8')
-    result.unlink(missing_ok=True)
-    said = finish(torchrun(HERE/'gpu_ranks.py', path, result, ranks=size(layout)), desk.share(ONE_RUN))
+    path, out = write_run(desk, model, batch=8*size(layout), micro=4, compile='blocks', recompute='none')
+    result, asked = out.with_suffix('.json'), [*flags(layout), '--parallel.async_tensor', together]
+    ranks = torchrun(HERE/'gpu_ranks.py', path, result, *asked, ranks=size(layout))
+    said = finish(ranks, desk.share(ONE_RUN))
     return json.loads(result.read_text()) if result.exists() else {'why': last_words(said)}
 
-def time_steps(path:str, result:str, warm:int=3, turns:int=8):
+def time_steps(path:str, result:str, *flags):
     "A rank: steps of a run that saves nothing. The first rank writes their median"
-    run, took = start_run(load_run(path), report=lambda line: None), []
-    def wait(): return run.device.type == 'cuda' and torch.cuda.synchronize()
-    for _ in range(warm + turns):
-        wait()
-        start = time.perf_counter()
-        train_step(run)
-        wait()
-        took.append(time.perf_counter() - start)
+    run = start_run(load_run(path, flags), report=lambda line: None)
+    gpu, data = run.device.type == 'cuda', run.config.data
+    ms = median_ms(Desk('gpu' if gpu else 'cpu', run.out, 0), lambda: train_step(run))
     if run.fusions_to_check is not None: check_fused(run.fusions_to_check)
-    seconds, data = statistics.median(took[warm:]), run.config.data
-    found = {'tokens_per_second': data.batch_size*data.seq_len/seconds, 'ms': 1000*seconds}
-    if run.device.type == 'cuda': found['peak_gb'] = torch.cuda.max_memory_allocated()/1e9
+    found = {'tokens_per_second': 1000*data.batch_size*data.seq_len/ms, 'ms': ms}
+    if gpu: found['peak_gb'] = torch.cuda.max_memory_allocated()/1e9
     if os.environ['RANK'] == '0': Path(result).write_text(json.dumps(found))
     run.batches = None
     stop_ranks()

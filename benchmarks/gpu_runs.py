@@ -16,7 +16,7 @@ from llama_nb.train import trainer as loop
 from llama_nb.train.stored import list_checkpoints, load_checkpoint
 from llama_nb.train.optim import make_optimizer
 from llama_nb.train.run import build_model
-from gpu import children
+from gpu import children, end_tree
 from gpu_parts import (DOCUMENTS, MINI, SMALL, backends, device, first_line, free, no_synchronisation,
                        run_config, trainer, wait)
 
@@ -34,7 +34,8 @@ def nccl(desk):
         asynchronous_save(desk, where, where=where)
     if not desk.gpu or torch.cuda.device_count() == 1:
         desk.skip('a second device by its number', 'there is none')
-    raises(desk)
+        desk.skip('two ranks, one of which raises', 'NCCL takes one rank per GPU; the tests do it with gloo')
+    raises(desk, 1, desk.share(.5))
     resumes(desk, 'plain attention', attention='reference', dtype='float32')
     if desk.gpu: resumes(desk, 'default attention', repeats=True)
     with one_rank(): asynchronous_save(desk, 'a rank of a process group', where=device(desk).type)
@@ -100,8 +101,7 @@ def finish(process, seconds:float)->str:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         pass
-    for pid in [*children(process.pid), process.pid]:
-        with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+    end_tree(process.pid)
     return process.communicate()[0] + f'\nkilled after {seconds:.0f} s'
 
 def metrics(out)->list[dict]:
@@ -109,9 +109,9 @@ def metrics(out)->list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(True)
             if line.endswith('}\n')] if path.exists() else []
 
-def write_run(desk, **settings)->tuple[Path, Path]:
-    "A run file, and the folder of its run"
-    config = run_config(desk, SMALL[desk.form], prefetch=2, **settings)
+def write_run(desk, model:ModelConfig|None=None, **settings)->tuple[Path, Path]:
+    "A run file, and the folder of its run; of the small model if none is given"
+    config = run_config(desk, model or SMALL[desk.form], prefetch=2, **settings)
     path = desk.work/f'{Path(config.out).name}.toml'
     path.write_text(dump_run(config), encoding='utf-8')
     return path, Path(config.out)
@@ -158,19 +158,17 @@ def resumes(desk, name:str, repeats:bool=False, **settings):
              stopped_after=stopped and int(stopped[1]), of=settings['steps'], same=same,
              undisturbed_runs_repeat=twice if repeats else None)
 
-def raises(desk, ranks:int=1):
+def raises(desk, ranks:int, seconds:float):
     "A step that raises, in the last rank: the traceback is shown and all ranks end (C6)"
     path, _ = write_run(desk, steps=40, batch=4*ranks)
     start = time.perf_counter()
     process = torchrun(HERE/'gpu_runs.py', path, ranks=ranks)
-    said = finish(process, desk.share(.5 if ranks == 1 else .2))
+    said = finish(process, seconds)
     shown = 'Traceback' in said and 'broken on purpose' in said
     name = 'in its third step' + f', the last of {ranks}'*(ranks > 1)
     desk.row('a rank that raises', name, shown and process.returncode not in (0, -9),
              traceback_shown=shown, exit_code=process.returncode,
              seconds=time.perf_counter() - start)
-    if torch.cuda.device_count() < 2:
-        desk.skip('two ranks, one of which raises', 'NCCL takes one rank per GPU; the tests do it with gloo')
 
 def broken_run(path:str):
     "The command line with a third step that raises"

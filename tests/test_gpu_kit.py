@@ -414,8 +414,9 @@ def test_every_run_on_several_gpus_can_begin(gpus, monkeypatch, n):
     "The settings of each command that the parts would give are asked, with its number of ranks"
     desk, asked = gpus(n), []
     def torchrun(*program, ranks=1):
-        config = load_run(next(p for p in program if str(p).endswith('.toml')),
-                          [str(p) for p in program if str(p).startswith('--') or str(p).isdecimal()])
+        path = next(p for p in program if str(p).endswith('.toml'))
+        flags = itertools.dropwhile(lambda word: not word.startswith('--'), map(str, program))
+        config = load_run(path, [*flags])
         layout = degrees(config.parallel, config.model, ranks)
         asked.append((layout, config.parallel.async_tensor))
         plain = replace(config, parallel=replace(config.parallel, async_tensor=False))
@@ -423,8 +424,9 @@ def test_every_run_on_several_gpus_can_begin(gpus, monkeypatch, n):
         check_settings(plain, torch.device('cpu'), layout[0]*layout[1], layout[2])
         return SimpleNamespace(returncode=0, poll=lambda: 0)
     def finish(process, seconds): return ''
-    for module, name in itertools.product((gpu_runs, gpu_ranks), ('torchrun', 'finish')):
-        monkeypatch.setattr(module, name, locals()[name])
+    for module in (gpu_runs, gpu_ranks):
+        monkeypatch.setattr(module, 'torchrun', torchrun)
+        monkeypatch.setattr(module, 'finish', finish)
     monkeypatch.setattr(gpu_ranks, 'fitting', lambda *args: (gpu_ranks.ONE_B, '1.3B'))
     def alone(desk, table, settings): return gpu_runs.write_run(desk, **settings)[1]
     monkeypatch.setattr(gpu_ranks, 'alone', alone)
