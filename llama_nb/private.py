@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COLLECTIVES', 'cpu_attention', 'cpu_attention_backward', 'onednn_linear', 'has_onednn_linear', 'cpu_keys',
            'constant_in_graphs', 'within_transform', 'compiler_with_budget', 'send_while_multiplying',
-           'set_group_timeout', 'local_box', 'is_strided', 'OperatorMode', 'fake_ranks', 'fake_tensors',
+           'set_group_timeout', 'local_box', 'is_strided', 'quiet_norms', 'OperatorMode', 'fake_ranks', 'fake_tensors',
            'compiler_for_fakes', 'dtensor_plans_in', 'equal_plans_once', 'group_name', 'skip_where', 'xformers_borders',
            'xformers_has_kernels']
 
 # %% ../nbs/97_private.ipynb #imports
-import importlib
+import importlib, logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -105,6 +105,12 @@ def is_strided(placement:'torch.distributed.tensor.placement_types.Placement')->
     return hasattr(placement, 'split_factor')
 
 COLLECTIVES = torch.ops._c10d_functional # those that the compiler takes into its graphs
+
+def _not_of_a_norm(record:logging.LogRecord)->bool: return '_NormPartial' not in record.getMessage()
+
+def quiet_norms():
+    "Keep from the log that the norm of the gradients takes a collective per dimension of the mesh"
+    logging.getLogger('torch.distributed.tensor._redistribute').addFilter(_not_of_a_norm)
 
 # %% ../nbs/97_private.ipynb #fake
 class OperatorMode(TorchDispatchMode):

@@ -9,14 +9,15 @@ TWO = ('--train.micro-batch-size', 2)
 def errors(log): return [line for line in log.splitlines() if 'error: ' in line]
 
 def test_elastic_resume(run_file, start_ranks, tmp_path):
-    """Killed on four ranks, continued on one, stopped by a signal, continued on two that share the products:
+    """Killed on four ranks as FSDP of tensor groups, continued on one, stopped by a signal, continued on two:
     the batches and losses of a run on four that nobody disturbed"""
     whole = start_ranks(4, 'train', run_file(12, save_every=4, name='whole'), *TWO)
     assert whole.wait() == [0]*4, whole.log()
     path, out = run_file(12, save_every=4, name='elastic'), tmp_path/'elastic'
-    ranks = start_ranks(4, 'train', path, *TWO)
+    ranks = start_ranks(4, 'train', path, '--parallel.tensor', 2, *TWO)
     ranks.until(lambda: len(metrics(out)) >= 5 and (out/'checkpoints'/'step-00000004').exists())
     ranks.kill()
+    assert 'sequential' not in ranks.tails()    # PyTorch's advice about the norm, on every rank
     ranks = start_ranks(1, 'train', path)
     ranks.until(lambda: 'continuing' in ranks.log() and len(metrics(out)) >= 6)
     ranks.processes[0].send_signal(signal.SIGTERM)

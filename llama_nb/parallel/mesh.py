@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ..core import TemporaryError, UserError, is_temporary
-from ..private import set_group_timeout
+from ..private import quiet_norms, set_group_timeout
 from ..settings import ParallelConfig
 
 # %% ../../nbs/50_parallel.mesh.ipynb #rank-and-size
@@ -29,6 +29,7 @@ def make_mesh(degrees:tuple[int, int, int], # replicate, shard, tensor
               timeout:float|None=None,      # seconds that a collective may wait; torch's own limit if None
              )->DeviceMesh:
     "A mesh with the dimensions replicate, shard and tensor; neighbouring ranks form a tensor group"
+    quiet_norms()
     names = ('replicate', 'shard', 'tensor')
     on_gpu = device_type == 'cuda' and 'nccl' in dist.get_backend_config()
     only = {'backend_override': dict.fromkeys(names, 'nccl')} if on_gpu else {}  # else gloo, too
