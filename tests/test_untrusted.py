@@ -138,7 +138,7 @@ def randoms():
 
 @pytest.mark.parametrize('n', range(21))
 def test_a_random_state_that_is_none(n):
-    "A wrong length ended the interpreter"
+    "A position beyond the words of NumPy's generator is taken, and crashes the interpreter at the next draw"
     states = list(randoms())
     assert len(states) == 21
     refused(lambda: set_random_state(states[n]))

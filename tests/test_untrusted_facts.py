@@ -37,7 +37,7 @@ def test_a_head_of_many_tensors(tmp_path):
     empty = {'dtype': 'F32', 'shape': [0], 'data_offsets': [0, 0]}
     head = json.dumps({f't{i}': empty for i in range(150_000)})
     (tmp_path/'w.safetensors').write_bytes(struct.pack('<Q', len(head)) + head.encode())
-    assert 'a head of' in refused(lambda: file_index(tmp_path/'w.safetensors'))
+    assert 'a header of' in refused(lambda: file_index(tmp_path/'w.safetensors'))
 
 @pytest.mark.parametrize('name, text', [
     ('index.json', '{"tensors": {"model/x": {"dtype": "float32", "shape": [], "pieces": ['

@@ -97,7 +97,7 @@ def _ask(address:str)->dict: # of fsspec
         import fsspec
         system, path = fsspec.url_to_fs(address)
         return system.info(path)
-    except FileNotFoundError as e:                              # over http, whatever has happened
+    except FileNotFoundError as e:                              # over http, for every kind of failure
         status = getattr(e.__cause__, 'status', 0 if e.__cause__ else 404)
         if status in (401, 403, 404, 410): raise UserError(f'there is no file {address}') from None
         raise TemporaryError(f'{address} does not answer: {e.__cause__}') from None
@@ -134,7 +134,7 @@ def _naming_a_full_disk(out):
 
 @contextmanager
 def _naming_the_network(path:str):
-    "What an address raises that is neither a message nor an error of the system may pass"
+    "An error at an address that is neither a `UserError` nor an `OSError` is taken to be temporary"
     try:
         yield
     except Exception as e:

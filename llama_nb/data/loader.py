@@ -126,7 +126,7 @@ class Loader:
         mine = self.spans(i)[rank*share:(rank + 1)*share]
         rows = np.stack([self.read(span) for span in mine])
         both = np.stack([rows[:, :-1], rows[:, 1:]]).astype(np.int64)
-        return torch.from_numpy(both).unbind()              # no memory in common, one way to another process
+        return torch.from_numpy(both).unbind()              # two halves of one array; they do not overlap
 
 # %% ../../nbs/13_data.loader.ipynb #state
 class LoaderState(TypedDict):

@@ -22,7 +22,7 @@ _MARKS = {b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16', b'<\0': 'utf-16-le', b'\
 _DECLARED = re.compile(rb'<\?xml[^>]*encoding=["\']([^"\']+)')
 
 def _pieces(stream:BinaryIO)->Iterator[bytes]:
-    "At most a megabyte at a time. With `read1`, as `read` loses what comes before a damage"
+    "At most a megabyte at a time. With `read1`, since `read` loses what comes before the damage"
     read = getattr(stream, 'read1', stream.read)
     while piece := read(2**20):
         yield piece

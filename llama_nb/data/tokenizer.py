@@ -62,9 +62,9 @@ def _cut(line:bytes, longest:int)->Iterator[str]:
 # %% ../../nbs/10_data.tokenizer.ipynb #open-model
 FOREIGN = b'llama_nb: token ids of a tokenizer that is not here\n'    # begins what stands in its place
 
-MODEL_BYTES = 2**28     # most of a model file; LLaMA's has half a million
-MOST_TOKENS = 2**24     # of a vocabulary
-SHORT = 2**13           # characters of a text that is encoded in one piece
+MODEL_BYTES = 2**28     # the largest model file that is read; LLaMA's has half a million
+MOST_TOKENS = 2**24     # the largest vocabulary
+SHORT = 2**13           # characters; a longer text is encoded part by part
 
 def _open_model(path:Path, data:bytes): # a SentencePieceProcessor, or what has its methods
     "The model in `data`. Raises `UserError` if it is none"

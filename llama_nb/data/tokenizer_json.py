@@ -13,7 +13,7 @@ from ..core import UserError
 from .documents import extra_module
 
 # %% ../../nbs/17_data.tokenizer_json.ipynb #names
-# What begins and what ends a text, by the names in use; the first that is there is meant
+# Names in use for the token that begins a text, and for the one that ends it; the first one found counts
 BEGINS = ('<s>', '<|begin_of_text|>', '<bos>', '<|startoftext|>', '<｜begin▁of▁sentence｜>', '[CLS]')
 ENDS = ('</s>', '<|end_of_text|>', '<eos>', '<|endoftext|>', '<｜end▁of▁sentence｜>', '<|im_end|>', '[SEP]')
 

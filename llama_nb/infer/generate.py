@@ -154,7 +154,7 @@ def check_request(model,                   # a LLaMA
 
 # %% ../../nbs/33_infer.generate.ipynb #generate-steps
 def _uncompiled()->AbstractContextManager:
-    "Blocks run as they are written: compiled for training, they would be compiled anew for each further key"
+    "Run blocks eagerly: compiled for training, they would be recompiled at every length of the cache"
     if 'torch._dynamo' not in sys.modules: return nullcontext()         # nothing was compiled
     return torch.compiler.set_stance('force_eager')
 

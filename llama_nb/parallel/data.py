@@ -69,7 +69,7 @@ def materialize(model:LLaMA, # on the meta device or not, shared or not
                 seed:int,
                 device:torch.device,
                ):
-    "Give the parameters memory on `device` and their first numbers: the same ones whatever the layout"
+    "Give the parameters memory on `device` and their initial values: the same ones whatever the layout"
     model.to_empty(device=device)
     for name, p in model.named_parameters():
         mine = p.to_local() if isinstance(p, DTensor) else p

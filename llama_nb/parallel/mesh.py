@@ -60,11 +60,12 @@ def error_line(error:BaseException)->str:
 # %% ../../nbs/50_parallel.mesh.ipynb #everywhere
 def on_all_ranks(action:Callable,              # called without arguments, on every rank
                  group=None,                   # of all ranks if None
-                 catch=(UserError, OSError),   # the errors that are told; another one ends the rank
+                 catch=(UserError, OSError),   # the errors that are exchanged; any other ends the rank
                  kind:type=UserError,          # what all raise if one fails
-                 passing:type=TemporaryError,  # ... and it may pass
+                 passing:type=TemporaryError,  # ... or this, if the same action may succeed later
                 ):                             # what `action` returned on this rank
-    "Do something on all ranks. If it fails on any, all raise the first error as `kind`; alone, its own"
+    """Do something on all ranks. If it fails on any, all raise the first error as `kind`. A single process
+    raises its error as it is"""
     if rank_and_size(group)[1] == 1: return action()
     result = error = None
     try:
@@ -95,11 +96,12 @@ def _raise_first(error:Exception|None, group, kind:type, passing:type):
 # %% ../../nbs/50_parallel.mesh.ipynb #from-main
 def on_rank_zero(action:Callable,              # called on rank 0 only; returns what pickle can hold
                  group=None,                   # of all ranks if None; rank 0 is its first
-                 catch=(UserError, OSError),   # the errors that are told; another one ends the rank
+                 catch=(UserError, OSError),   # the errors that are exchanged; any other ends the rank
                  kind:type=UserError,          # what all raise if it fails
-                 passing:type=TemporaryError,  # ... and it may pass
+                 passing:type=TemporaryError,  # ... or this, if the same action may succeed later
                 ):                             # what `action` returned there
-    "Do something on rank 0 and tell all; if it fails, all raise the error as `kind`; alone, its own"
+    """Do something on rank 0 and tell all its result. If it fails, all raise the error as `kind`. A single
+    process raises its error as it is"""
     rank, size = rank_and_size(group)
     if size == 1: return action()
     told, error = [None, None], None

@@ -21,7 +21,7 @@ from .mesh import rank_and_size
 def start_ranks(device:str='auto',    # as `pick_device` takes it
                 timeout:float=1800.,  # seconds that a collective may wait
                )->torch.device:       # of this rank
-    "Join the ranks that torchrun has started, or only take the device. Raises `UserError` without it"
+    "Join the ranks that torchrun has started, or only take the device; `UserError` if that is not there"
     found = take_device(device)
     if 'WORLD_SIZE' not in os.environ or dist.is_initialized(): return found
     backend = 'cuda:nccl,cpu:gloo' if found.type == 'cuda' else 'gloo'

@@ -44,7 +44,8 @@ FAILURE_RATES = {
                             'Zhang et al. 2022, 2.5'),
     'RSC-1': FailureRate(6.50, 1000*24*8, 'failures of machines of 8 A100s', 'Kokolis et al. 2024'),
     'BLOOM-176B': FailureRate(1.5, 400*24*7, 'GPUs, 1 to 2 per week of 400', 'Bekman 2022, BLOOM Training'),
-    'Llama 3 405B': FailureRate(419, 16_384*24*54, 'unexpected interruptions', 'Dubey et al. 2024, 3.3.4'),
+    'Llama 3 405B': FailureRate(419, 16_384*24*54, 'unexpected interruptions',
+                                'Grattafiori et al. 2024, 3.3.4'),
     'RSC-2': FailureRate(2.34, 1000*24*8, 'failures of machines of 8 A100s', 'Kokolis et al. 2024')}
 GPU_HOURS_PER_FAILURE = 45_000   # the middle one of the five
 

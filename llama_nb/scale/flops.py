@@ -19,7 +19,7 @@ def _output(c): return c.vocab_size*c.dim
 def _attention(c, t): return 12*c.n_layers*c.dim*t
 
 CONVENTIONS = {   # (config, t) -> FLOPs per token inside the blocks, outside of them
-    '6N':                       lambda c, t: (6*_blocks(c), 12*_output(c)),
+    '6N':                       lambda c, t: (6*_blocks(c), 12*_output(c)),  # the embedding is as large
     '6N no embeddings':         lambda c, t: (6*_blocks(c), 0),
     '6N matrices':              lambda c, t: (6*_blocks(c), 6*_output(c)),
     'matrices, attention':      lambda c, t: (6*_blocks(c) + _attention(c, t), 6*_output(c)),
@@ -122,7 +122,7 @@ def hardware_flops(c:ModelConfig, seq_len:int,
                    recompute:str='none', # none, linear, full
                    convention:str='matrices, attention',
                   )->float:              # FLOPs per token
-    "Arithmetic that is done, with what is recomputed. Raises `UserError` for an unknown mode or convention"
+    "Arithmetic with what checkpointing repeats. Raises `UserError` for an unknown mode or convention"
     inside, outside = choose(CONVENTIONS, convention, 'convention')(c, seq_len)
     last = 2*c.n_layers*c.dim*c.ffn_dim                         # w2, which is not repeated
     again = {'none': 0, 'linear': 0, 'full': inside/3 - last}

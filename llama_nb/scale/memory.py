@@ -15,7 +15,7 @@ from ..settings import RunConfig, degrees
 _VECTORS = {'none': (2, 2, 4, 2), 'linear': (2, 0, 4, 2), 'full': (1, 0, 0, 0)}
 
 def number_bytes(config:RunConfig)->int:
-    "Of one number in the computation; auto counts as on a GPU, bfloat16"
+    "Bytes of one number in the computation; dtype auto counts as bfloat16, as on a GPU"
     return 4 if config.train.dtype == 'float32' else 2
 
 def _tokens(config:RunConfig)->int: return config.train.micro_batch_size*config.data.seq_len
@@ -43,7 +43,7 @@ def kept_bytes(config:RunConfig,
 def compiler_saves(config:RunConfig,
                    tensor:int=1, # ranks that share a matrix multiplication
                   )->float:      # bytes, 0 if the run does not compile
-    "What a block of this run keeps less than `kept_bytes` where it is compiled: the output of `w2`"
+    "By how much `kept_bytes` is too high for a block that is compiled: the output of `w2`"
     train = config.train
     if train.compile == 'off' or tensor == 1 or train.recompute != 'linear': return 0.
     positions = tensor if config.parallel.sequence else 1

@@ -43,7 +43,7 @@ def _answer(number:int):
 class NonFiniteGuard:
     "Counts steps in a row whose loss or gradient norm is not finite"
     def __init__(self,
-                 limit:int, # so many in a row are borne
+                 limit:int, # so many in a row are tolerated
                 ):
         self.limit, self.row = limit, 0
 

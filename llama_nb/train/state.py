@@ -126,7 +126,7 @@ def set_random_state(state:dict):
         raise UserError(f'the random state is damaged: {e}') from None
 
 def _like(text:str, now:Tensor)->Tensor: # both (n,) uint8
-    "Bytes of a state; one of another length would end the interpreter"
+    "Bytes of a state, which must be as long as the one that is there now"
     found = _as_bytes(text)
     if len(found) == len(now): return found
     raise ValueError(f'{len(found)} bytes instead of {len(now)}')

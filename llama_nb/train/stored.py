@@ -95,7 +95,7 @@ def read_index(folder:Path)->dict[str,dict]: # 'part/name' -> dtype, shape, piec
     return tensors
 
 def _most_index(folder:Path)->int: # bytes
-    "A box takes more room in the head of its file, which names it too, than in the index"
+    "A box takes more room in the header of its file, which names it too, than in the index"
     with disk(folder): beside = sum(p.stat().st_size for p in folder.glob('*.safetensors'))
     return min(2**31, JSON_BYTES//8 + beside)
 
@@ -187,10 +187,10 @@ def read_manifest(path:Path      # a checkpoint's folder
 
 # %% ../../nbs/61_train.stored.ipynb #read-box
 def open_tensors(path:Path): # a context with the open file
-    "A safetensors file whose head is no longer than 40,000 tensors need. Raises `CheckpointError`, `OSError`"
+    "A safetensors file with a header no longer than 40,000 tensors need. Raises `CheckpointError`, `OSError`"
     with open_regular(path) as f: size, = struct.unpack('<Q', f.read(8).ljust(8, b'\0'))
     if size <= JSON_BYTES: return safe_open(path, 'pt')
-    raise CheckpointError(f'{path} has a head of {size:,} bytes, and such a file at most {JSON_BYTES:,}; '
+    raise CheckpointError(f'{path} has a header of {size:,} bytes, and such a file at most {JSON_BYTES:,}; '
                           'is it another?')
 
 def read_box(f,          # an open safetensors file
