@@ -17,6 +17,7 @@ from llama_nb.data.pipeline import SOURCES
 from llama_nb.data.documents import Document
 from llama_nb.data.dress import BUILDERS, framed, site_page
 from llama_nb.data.found import docstrings, passages, roff_text
+from llama_nb.data.mediawiki import write_export
 from llama_nb.data.mini import MiniSettings, build_mini, clean_documents, held_out_documents, inventory, split
 from llama_nb.data.mixture import TABLE_1, Mixture, make_loader
 from llama_nb.data.shards import TokenShards
@@ -115,6 +116,19 @@ def test_equal_machines_make_equal_files(corpus, source, tmp_path):
     there = files(corpus/'raw'/source, '.')
     del there['origins.toml']
     assert made == there
+
+def test_a_real_dump_is_counted_by_its_text(monkeypatch, tmp_path):
+    "Not by the bytes of the file, which is compressed; one that is cut off, as far as it can be read"
+    titles = [f'Page {i}' for i in range(3)]
+    docs = [Document(f'Text of {title}. '*9, title, metadata={'title': title}) for title in titles]
+    data = b''.join(write_export(docs, 'en'))
+    paths = [tmp_path/'enwiki-whole.bz2', tmp_path/'enwiki-cut.bz2']
+    for path, part in zip(paths, (data, data[:-300])): path.write_bytes(bz2.compress(part))
+    monkeypatch.setattr(dress, 'installed', lambda pattern: paths)
+    (tmp_path/'raw').mkdir()
+    *_, whole, cut = BUILDERS['wikipedia'](tmp_path/'raw', 20_000)
+    assert (whole.documents, whole.size) == (3, sum(len(doc.text) for doc in docs))
+    assert (cut.documents, cut.size) == (2, sum(len(doc.text) for doc in docs[:2]))
 
 def test_no_page_shows_the_environment(monkeypatch):
     "The manual of `os` prints `os.environ`, where secrets may stand; and each shell would make another text"

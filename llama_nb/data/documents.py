@@ -92,7 +92,7 @@ MAX_GROWTH = 200            # a file that decompresses to more than this many ti
 
 def growth_limit(taken:int, # bytes of the compressed file, or of what was read of it
                 )->int:     # bytes
-    "The most that it may decompress to; a small file may hold little"
+    "The most that it may decompress to; less than 64 KiB count as 64 KiB"
     return MAX_GROWTH*max(taken, 2**16)
 
 DECOMPRESSORS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
@@ -166,11 +166,11 @@ def refuse(place:str, why:str)->NoReturn:
 @contextmanager
 def reporting(place:str,
               report:Report,
-              what:str='was not read to its end', # that is said of the place
+              what:str='was not read to its end', # what is said of the place
              ):
     """Where a file cannot be read any further, report it, so that what came before stands.
 
-    A disk that fails is no property of the file: what may pass is raised"""
+    An error that may be temporary, such as a failing disk, says nothing about the file: it is raised"""
     try:
         yield
     except UserError as e:

@@ -11,6 +11,7 @@ __all__ = ['DOCUMENTATION', 'N_ARCHIVES', 'LICENCES', 'INFO', 'BUILDERS', 'Origi
 # %% ../../nbs/7S_data.dress.ipynb #imports
 import bz2, gzip, html, inspect, io, json, os, platform, re, subprocess, sys, tarfile, textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -24,7 +25,7 @@ from .documents import Document, extra_module, open_stream, topic_documents
 from .found import (PROSE, Passage, blocks, installed_modules, mixed, passages, read_text,
                                  role_of, some_of, take)
 from .stage import n_bytes
-from .mediawiki import topic_wikitext, write_export
+from .mediawiki import read_wikipedia, topic_wikitext, write_export
 from .wikipedia import LANGUAGES
 
 # %% ../../nbs/7S_data.dress.ipynb #origin
@@ -32,8 +33,8 @@ class Origin(NamedTuple):
     "One kind of text in a source"
     text:str            # what it is, really
     dressed:str         # what was put on; '' if it is as it was found
-    documents:int
-    size:int            # bytes
+    documents:int       # without copies that were made of them
+    size:int            # bytes of text, before the dress and without tags
 
 def _origin(text:str, dressed:str, sizes:Iterable[int])->Origin:
     sizes = [*sizes]
@@ -141,19 +142,30 @@ N_ARCHIVES = 8
 def build_commoncrawl(folder:Path, size:int)->list[Origin]:
     "Archives of web pages: six in WARC, two in WET"
     from llama_nb.data.archive import html_text
-    parts = {('pages that pydoc serves', ''): pydoc_pages(size//5),
-             ('HTML documentation of this machine', ''): html_files(size//5)}
-    own = [site_page(p.name, p.text) for p in take(passages('commoncrawl'), size//2)]
-    parts['docstrings', 'as pages of web sites'] = own + _seen_twice(own)
-    foreign = [site_page(title, text, f'{language}/') for language in LANGUAGES if language != 'en'
-               for title, text in some_of(language, 'commoncrawl', size//250)]
-    parts['translated manuals and messages', 'as pages of web sites'] = foreign
-    pages = sorted(chain(*parts.values()), key=lambda page: mixed(page.url))
+    served, found = pydoc_pages(size//5), html_files(size//5)
+    own = [('', p.name, p.text) for p in take(passages('commoncrawl'), size//2)]
+    foreign = [(f'{language}/', *pair) for language in LANGUAGES if language != 'en'
+               for pair in some_of(language, 'commoncrawl', size//250)]
+    sites, translated = ([site_page(title, text, folder) for folder, title, text in texts]
+                         for texts in (own, foreign))
+    pages = [*served, *found, *sites, *_seen_twice(sites), *translated]
+    pages.sort(key=lambda page: mixed(page.url))
     for i in range(N_ARCHIVES):
         kind = 'warc.wet.gz' if i % 4 == 3 else 'warc.gz'
         as_text = html_text if 'wet' in kind else None
         write_crawl(folder/f'CC-MAIN-mini-{i:05}.{kind}', pages[i::N_ARCHIVES], as_text)
-    return [_origin(*what, (n_bytes(p.text) for p in found)) for what, found in parts.items() if found]
+    dress = 'as pages of web sites'
+    origins = [_origin('pages that pydoc serves', '', map(_visible_bytes, served)),
+               _origin('HTML documentation of this machine', '', map(_visible_bytes, found)),
+               _origin('docstrings', dress, (n_bytes(text) for *_, text in own)),
+               _origin('translated manuals and messages', dress, (n_bytes(text) for *_, text in foreign))]
+    return [origin for origin in origins if origin.documents]
+
+def _visible_bytes(page:Page)->int:
+    "Of the text that a page shows; none if its tags cannot be parsed"
+    from llama_nb.data.archive import html_text
+    with suppress(ValueError): return n_bytes(html_text(page.text)[0])
+    return 0
 
 def _seen_twice(pages:list[Page])->list[Page]:
     "One page in twenty again, under another address"
@@ -175,8 +187,8 @@ def _web_text(passage:Passage)->str:
 
 def build_c4(folder:Path, size:int)->list[Origin]:
     "Pages as C4 has them before its rules"
-    rows = []
-    for passage in take(passages('c4'), size):
+    rows, found = [], take(passages('c4'), size)
+    for passage in found:
         url = f'http://site{mixed(passage.name, "site") % 9}.example.com/{passage.name}'
         row = {'text': _web_text(passage), 'timestamp': '2019-04-24T00:00:00Z', 'url': url}
         rows.append(row)
@@ -185,7 +197,7 @@ def build_c4(folder:Path, size:int)->list[Origin]:
     for i in range(files):
         lines = '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows[i::files])
         _packed(folder/f'c4-train.{i:05}-of-{files:05}.json.gz', f'{lines}\n'.encode())
-    return [_origin('docstrings', 'with lines as web sites have them', (n_bytes(r['text']) for r in rows))]
+    return [_origin('docstrings', 'with lines as web sites have them', (n_bytes(p.text) for p in found))]
 
 # %% ../../nbs/7S_data.dress.ipynb #tar-of
 def _tar(out, files:dict[str, bytes]): # a stream
@@ -228,7 +240,8 @@ def build_github(folder:Path, size:int)->list[Origin]:
         package = packages[module.package]
         if module.package not in projects: projects[module.package] = package.version, _about(package)
         projects[module.package][1][module.name.partition('/')[2]] = text.encode()
-    sizes = [len(data) for _, files in projects.values() for data in files.values()]
+    sizes = [len(data) for _, files in projects.values() for name, data in files.items()
+             if name.endswith('.py')]
     for module, text in texts:
         if mixed(module.name, 'vendored') % 20: continue
         host = sorted(projects)[mixed(module.name) % len(projects)]
@@ -236,17 +249,16 @@ def build_github(folder:Path, size:int)->list[Origin]:
     for name, (version, files) in projects.items():
         root = f'{name}-{version}'
         write_tar(folder/f'{root}.tar.gz', {f'{root}/{file}': data for file, data in files.items()})
-    return [_origin(f'code of {len(projects)} installed projects, with metadata and licence',
+    return [_origin(f'code of {len(projects)} installed projects, beside metadata and licence',
                     'with copies: one file of twenty was also put into another project', sizes)]
 
 # %% ../../nbs/7S_data.dress.ipynb #encyclopedia
-def _articles(language:str, size:int)->Iterator[Document]:
-    if language == 'en':
-        topics = take(topic_documents(), size)
-        found = [(doc.id.rpartition('/')[2], doc.text) for doc in topics]
-        found += [(p.name, p.text) for p in take(passages('wikipedia'), size)]
-    else:
-        found = some_of(language, 'wikipedia', size)
+def _subjects(language:str, size:int)->list[tuple[str, str]]: # (title, text)
+    if language != 'en': return some_of(language, 'wikipedia', size)
+    topics = [(doc.id.rpartition('/')[2], doc.text) for doc in take(topic_documents(), size)]
+    return topics + [(p.name, p.text) for p in take(passages('wikipedia'), size)]
+
+def _articles(language:str, found:list[tuple[str, str]])->Iterator[Document]:
     titles = [title for title, _ in found] + ['It']
     cited = cited_pages() if language == 'en' else repeat(_NOT_CITED)
     for (title, text), url in zip(found, cited):
@@ -283,8 +295,9 @@ def build_wikipedia(folder:Path, size:int)->list[Origin]:
     "A dump for each of the twenty languages"
     sizes = {}
     for language in LANGUAGES:
-        docs = [*_articles(language, size//4 if language == 'en' else size//40)]
-        sizes[language] = [n_bytes(doc.text) for doc in docs]
+        texts = _subjects(language, size//4 if language == 'en' else size//40)
+        sizes[language] = [n_bytes(text) for _, text in texts]
+        docs = [*_articles(language, texts)]
         docs += _between(language, [doc.metadata['title'] for doc in docs])
         address = f'https://{language}.example.org/wiki/'
         with bz2.open(folder/f'{language}wiki-mini-pages-articles.xml.bz2', 'wb') as f:
@@ -295,7 +308,8 @@ def build_wikipedia(folder:Path, size:int)->list[Origin]:
                      chain(*sizes.values()))]
     for i, path in enumerate(installed(_DUMPS)):
         (folder/f'{path.name[:2]}wiki-gensim-{i}.xml.bz2').write_bytes(path.read_bytes())
-        found.append(_origin(f'a piece of a real dump, from gensim: {path.name}', '', [path.stat().st_size]))
+        real = (n_bytes(doc.text) for doc in read_wikipedia(path, lambda *why: None))
+        found.append(_origin(f'a piece of a real dump, from gensim: {path.name}', '', real))
     return found
 
 # %% ../../nbs/7S_data.dress.ipynb #book-texts

@@ -220,7 +220,7 @@ def held_out_documents(out)->dict[str, list[Document]]: # by the title of the so
 
 # %% ../../nbs/7T_data.mini.ipynb #inventory
 def inventory(out)->list[dict]:
-    "A row per source: documents and bytes raw, clean and as tokens"
+    "A row per source: texts and bytes before the dress, documents and bytes clean, tokens"
     rows = []
     for source, kind in SOURCES.items():
         shards = [TokenShards(Path(out)/'tokens'/source/part) for part in ('train', 'held_out')]
@@ -233,10 +233,12 @@ def inventory(out)->list[dict]:
 
 def inventory_table(rows:list[dict])->str: # Markdown
     "Sizes by source"
-    lines = ['| source | texts found | MB | clean documents | MB | tokens | held out |',
-             '|---|---|---|---|---|---|---|']
-    lines += [f'| {r["source"]} | {r["raw_documents"]:,} | {r["raw"]/1e6:.2f} | {r["documents"]:,} | '
-              f'{r["clean"]/1e6:.2f} | {r["tokens"]:,} | {r["held_out"]:,} |' for r in rows]
+    lines = ['| source | texts found | MB | clean documents | MB | bytes left | tokens | held out |',
+             '|---|---|---|---|---|---|---|---|']
+    for r in rows:
+        left = f'{100*r["clean"]/r["raw"]:.0f} %'
+        lines.append(f'| {r["source"]} | {r["raw_documents"]:,} | {r["raw"]/1e6:.2f} | {r["documents"]:,} | '
+                     f'{r["clean"]/1e6:.2f} | {left} | {r["tokens"]:,} | {r["held_out"]:,} |')
     return '\n'.join(lines)
 
 def origin_table(rows:list[dict])->str: # Markdown
@@ -256,6 +258,9 @@ LLaMA's data.** The texts are real, most of their formats are dressed, as the fi
 under the licences of the programs and documents from which they come, so do not give this folder on.
 
 {origins}
+
+Texts and MB are those before the dress: a page of HTML without its tags, a project without metadata and
+licence, and no copies that were only made to be found.
 
 {sizes}
 

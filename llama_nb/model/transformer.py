@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TransformerBlock', 'weight_std', 'init_weights', 'LLaMA', 'seen_range', 'check_id_range', 'check_tokens',
-           'check_positions', 'check_caches', 'next_positions', 'empty_model', 'document_positions']
+           'check_positions', 'check_caches', 'next_positions', 'document_positions', 'empty_model']
 
 # %% ../../nbs/24_model.transformer.ipynb #imports
 import torch
@@ -87,7 +87,7 @@ class LLaMA(nn.Module):
                 positions:Tensor|None=None, # (t,) or (b, t) int64, of each token; None: next after the cache
                 cache:list|None=None,       # one KV cache per layer, for generation
                 visible:Tensor|None=None,   # (b, s) bool, keys that may be looked at; all if None
-                borders:Tensor|None=None,   # (n+1,) int32, of documents that must not see another
+                borders:Tensor|None=None,   # (n+1,) int32, of documents that must not see each other
                 only_last:bool=False,       # logits of the last position only, for generation
                )->Tensor:                   # (b, t, v) logits; (b, 1, v) of the last position
         """Token ids (b, t) -> logits (b, t, v), those at position i for the token at i + 1.
@@ -184,6 +184,16 @@ def next_positions(tokens:Tensor,   # (b, t)
                         'shorten the text or use a model with a longer context')
     return torch.arange(start, end, device=tokens.device)
 
+# %% ../../nbs/24_model.transformer.ipynb #document-positions
+def document_positions(borders:Tensor, # (n+1,) int32, where documents begin; 0 first, b*t last
+                       b:int,          # sequences
+                       t:int,          # tokens per sequence
+                      )->Tensor:       # (b, t) int64, 0 at the first token of each document
+    "Positions within the documents. Raises `UserError` for borders that do not cut b sequences of t tokens"
+    check_borders(borders, b, t)
+    starts = borders[document_numbers(borders, b, t)]
+    return torch.arange(b*t, device=borders.device).view(b, t) - starts
+
 # %% ../../nbs/24_model.transformer.ipynb #empty-model
 class _NoDraws(TorchFunctionMode):
     "Leaves a tensor as it is where it would be filled with normal numbers"
@@ -194,13 +204,3 @@ class _NoDraws(TorchFunctionMode):
 def empty_model(config:ModelConfig, attention:str='auto')->LLaMA: # on `meta`
     "A model whose tensors have shapes and no numbers yet"
     with torch.device('meta'), _NoDraws(): return LLaMA(config, attention)
-
-# %% ../../nbs/24_model.transformer.ipynb #document-positions
-def document_positions(borders:Tensor, # (n+1,) int32, where documents begin; 0 first, b*t last
-                       b:int,          # sequences
-                       t:int,          # tokens per sequence
-                      )->Tensor:       # (b, t) int64, 0 at the first token of each document
-    "Positions within the documents. Raises `UserError` for borders that do not cut b sequences of t tokens"
-    check_borders(borders, b, t)
-    starts = borders[document_numbers(borders, b, t)]
-    return torch.arange(b*t, device=borders.device).view(b, t) - starts

@@ -71,11 +71,13 @@ def fit_law(n_params,               # N of each run
             n_tokens,               # D
             losses,                 # nats per token
            )->Law:
-    "The law that fits the runs best. Raises `UserError` for fewer than six, or what is not positive"
+    "The law that fits the runs best. Raises `UserError` for too few of them, or what is not positive"
     points = [np.array(x, dtype=float) for x in (n_params, n_tokens, losses)]
     if len(points[0]) < 6: raise UserError(f'five numbers want at least six runs, not {len(points[0])}')
     if not all((np.isfinite(x) & (x > 0)).all() for x in points):
         raise UserError('parameters, tokens and losses must be positive numbers')
+    if min(len(set(x)) for x in points[:2]) < 3:
+        raise UserError('a law takes runs of at least three sizes and three lengths; to fewer, many fit')
     logs = [torch.from_numpy(np.log(x)) for x in points]
     e, a, b, alpha, beta = _descend(_start(*points), *logs)
     return Law(math.exp(e), math.exp(a), math.exp(b), alpha, beta)
