@@ -60,7 +60,7 @@ def main(args:list[str]|None=None # of the process if None
         return 130
 
 def _print_anything():
-    "A name that is no UTF-8 is shown with its codes; it would be an error"
+    "Show what a stream cannot encode as escape codes; a file name may not be UTF-8, and would raise"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
 

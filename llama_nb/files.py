@@ -87,7 +87,7 @@ def publish_folder(tmp,   # a complete folder under a temporary name
 
 # %% ../nbs/91_files.ipynb #publishing
 def remove(path): # a file or a folder; nothing happens if there is none
-    "Raises `OSError`"
+    "Delete a file, or a folder with all that is in it. Raises `OSError`"
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -16,7 +16,7 @@ from .core import UserError, choose
 from .settings import all_fields, setting_names
 
 # %% ../nbs/03_flags.ipynb #parse-flags
-_CONFIG = tyro.conf.FlagConversionOff,
+_CONFIG = tyro.conf.FlagConversionOff,                  # a bool is written as any other: --flag True
 
 def parse_flags(cls,           # a dataclass
                 args,          # '--train.steps', '100', ...

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLLECTIVES', 'cpu_attention', 'cpu_attention_backward', 'onednn_linear', 'has_onednn_linear', 'cpu_keys',
-           'constant_in_graphs', 'within_transform', 'compiler_with_budget', 'send_while_multiplying',
+           'constant_in_graphs', 'within_transform', 'compiler_with_budget', 'send_while_multiplying', 'quiet_compiler',
            'set_group_timeout', 'local_box', 'is_strided', 'quiet_norms', 'OperatorMode', 'fake_ranks', 'fake_tensors',
            'compiler_for_fakes', 'dtensor_plans_in', 'equal_plans_once', 'group_name', 'skip_where', 'xformers_borders',
            'xformers_has_kernels']
 
 # %% ../nbs/97_private.ipynb #imports
-import importlib, logging
+import importlib, logging, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,8 +68,8 @@ def compiler_with_budget(backend:str,  # of `torch.compile`
     return compiler
 
 def _groups_without_size():
-    """A block over tensor ranks is handed their group, which holds no tensors. torch 2.13 wants to be told;
-    2.12 has no setting for it, and before nobody asks"""
+    """A block on tensor ranks takes their process group as an input, and a budget asks for its size. In torch
+    2.13 a setting says that it has none; 2.12 has no such setting; earlier versions do not ask"""
     config, groups = torch._functorch.config, 'unsafe_treat_script_objects_as_zero_size'
     if hasattr(config, groups): return config.patch({groups: True})
     from torch._functorch import partitioners
@@ -87,6 +87,13 @@ def send_while_multiplying(group:'torch.distributed.ProcessGroup', # ranks that 
     enable_symm_mem_for_group(group.group_name)
     config._micro_pipeline_tp = True
     config.post_grad_custom_post_pass = note    # without a uuid: a graph from a cache would not be noted
+
+def _not_of_contexts(record:logging.LogRecord)->bool: return 'context_fn is passed' not in record.getMessage()
+
+def quiet_compiler():
+    "Keep from the log what the compiler says of every block, of checkpoints in place and of complex numbers"
+    logging.getLogger('torch._higher_order_ops.wrap').addFilter(_not_of_contexts)
+    warnings.filterwarnings('ignore', 'Torchinductor does not support code generation for complex')
 
 # %% ../nbs/97_private.ipynb #distributed
 def set_group_timeout(group:'torch.distributed.ProcessGroup', seconds:float):

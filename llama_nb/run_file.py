@@ -78,7 +78,7 @@ def batch_for(tokens:int,  # that a run will read
               seq_len:int, # t
               micro:int=1, # sequences per pass
              )->int:       # b: sequences per step, `micro` times a power of two
-    "So many that there are about a thousand steps; of 2^10 to 2^19 tokens"
+    "So many that there are one to two thousand steps; of 2^10 to 2^19 tokens"
     wanted = max(2**10, min(2**19, tokens//1000))
     passes = wanted//(seq_len*micro)
     return micro*2**(max(passes, 1).bit_length() - 1)

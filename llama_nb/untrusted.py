@@ -97,11 +97,11 @@ def read_bounded(path,
 
 # %% ../nbs/99_untrusted.ipynb #kinds
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Sha256 = Annotated[str, msgspec.Meta(pattern='^[0-9a-f]{64}$')]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r'^[0-9a-f]{64}\Z')]   # `$` would allow a line break after it
 _NOT = r'\\\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff'           # in a name: no control, nothing without bytes
-PlainName = Annotated[str, msgspec.Meta(pattern=rf'^(?!\.{{1,2}}$)[^/{_NOT}]+$', max_length=255)]
-InnerName = Annotated[str, msgspec.Meta(pattern=rf'^(?!(.*/)?\.{{0,2}}(/|$))[^{_NOT}]+$', max_length=4096)]
-AnyName = Annotated[str, msgspec.Meta(pattern=f'^[^{_NOT}]+$', max_length=4096)]     # which may lead up
+PlainName = Annotated[str, msgspec.Meta(pattern=rf'^(?!\.{{1,2}}\Z)[^/{_NOT}]+\Z', max_length=255)]
+InnerName = Annotated[str, msgspec.Meta(pattern=rf'^(?!(.*/)?\.{{0,2}}(/|\Z))[^{_NOT}]+\Z', max_length=4096)]
+AnyName = Annotated[str, msgspec.Meta(pattern=rf'^[^{_NOT}]+\Z', max_length=4096)]     # which may lead up
 _REGEX = re.compile(r"`str` matching regex '.*'")
 
 # %% ../nbs/99_untrusted.ipynb #decode

@@ -99,7 +99,8 @@ MARK = '\ufeff'.encode()
 
 @pytest.mark.parametrize('kind, data', [
     ('.txt', 'Wörter\r\n'), ('.py', '# é\n'), ('.html', '<p>Wörter</p>'), ('.csv', 'text\nWörter\n'),
-    ('.tsv', 'n\ttext\n1\tWörter\n'), ('.jsonl', '{"text": "Wörter"}\n{"text": "é"}\n')])
+    ('.csv', '"text","id"\n"Wörter","1"\n'), ('.tsv', 'n\ttext\n1\tWörter\n'),
+    ('.jsonl', '{"text": "Wörter"}\n{"text": "é"}\n')])
 def test_a_byte_order_mark_is_no_text(tmp_path, kind, data):
     "Nor is a file that has one and is damaged told of a wrong place"
     (tmp_path/f'plain{kind}').write_bytes(data.encode())

@@ -19,7 +19,7 @@ from ..run_file import load_run, read_toml
 from ..untrusted import printable
 
 # %% ../../nbs/92_commands.data.ipynb #names
-# words without a flag, and files behind one, by the names that a help text has for them
+# positional arguments, and file names behind a flag, with their names in a help text
 RunName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar='RUN')]]
 OutName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar='OUT')]]
 NewFile = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar='FILE')]]
@@ -276,7 +276,7 @@ class Fetch:
 @dataclass(frozen=True)
 class Clean:
     "Clean raw files of commoncrawl, c4, github, wikipedia, books, arxiv, stackexchange, or documents"
-    source:SourceName                            # one of these; of equal `documents` one stays
+    source:SourceName                            # one of these; documents: your own text, without duplicates
     paths:Paths                                  # files, folders, or patterns in quotation marks
     out:str                                      # folder of the result; the same command goes on with it
     preset:str='paper'                           # whose choices: paper, ccnet, redpajama, strict

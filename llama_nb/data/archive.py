@@ -52,7 +52,7 @@ class _Member:
 
     def pieces(self)->Iterator[bytes]:
         "Its content. Raises `zlib.error` at damage, at too much growth, and if its end is missing"
-        unpack, given, taken = zlib.decompressobj(31), 0, 0
+        unpack, given, taken = zlib.decompressobj(31), 0, 0     # 31: gzip, with header and checksum
         data, piece = self.data, b' '
         while not unpack.eof:
             if not data: data = self._more(piece)
@@ -117,7 +117,7 @@ class _Records(_Held):
         end = start + int(length[1])
         if end > MAX_RECORD: raise ValueError(f'is longer than {MAX_RECORD:,} bytes')
         if not self.reach(end): raise ValueError(f'is cut short: {self.gap}')
-        self.reach(end + 9)
+        self.reach(end + 9)                                 # two line breaks, and the next `WARC/`
         follows = bytes(self.data[end:end + 9]).lstrip(b'\r\n')[:5]
         if not b'WARC/'.startswith(follows): raise ValueError('is not as long as it says')
         if not (follows or self.whole or self.gap == _END): raise ValueError(f'is damaged: {self.gap}')

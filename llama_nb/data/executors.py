@@ -179,7 +179,7 @@ def sigterm_raises():
 
 # %% ../../nbs/7J_data.executors.ipynb #slurm-settings
 class _Note(TypedDict):
-    job:Annotated[str, Meta(pattern='^[0-9]*$')]    # number of the array that was submitted
+    job:Annotated[str, Meta(pattern=r'^[0-9]*\Z')]    # number of the array that was submitted
 
 @dataclass(frozen=True)
 class Slurm:

@@ -84,7 +84,7 @@ def clean_documents(out, source:str)->list[Document]: # by id
 _PIECE, _PIECES = 150, 300                  # characters; pieces per language
 
 def language_examples(docs:Iterable[Document])->list[tuple[str, str]]: # (language, text)
-    "Pieces of the documents, so many of each language at most, in an order that their hashes draw"
+    "Pieces of the documents, at most `_PIECES` of each language, in the order of their hashes"
     found = {}
     for doc in docs:
         starts = range(0, max(len(doc.text) - _PIECE, 1), _PIECE)
@@ -116,7 +116,7 @@ def _english(out:Path)->list[Document]:
     return [doc for doc in clean_documents(out, 'wikipedia') if doc.language == 'en']
 
 def _vocabulary(texts:list[str], most:int)->int:
-    "So many tokens as a small text can give"
+    "As many tokens as a small text can give"
     return min(most, 500 + sum(map(len, texts))//100)
 
 # %% ../../nbs/7T_data.mini.ipynb #perplexity-model

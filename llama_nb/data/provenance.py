@@ -73,7 +73,7 @@ def _blocks(f:BinaryIO,
     if int.from_bytes(f.read(8), 'little') != n: raise ValueError('another number of documents')
     return places
 
-_BLOCK_BYTES = 2**28                                # most of the rows of a block
+_BLOCK_BYTES = 2**28                                # the largest block, before and after unpacking
 
 def _block(f:BinaryIO, places:np.ndarray, i:int)->bytes:
     "Raises `ValueError`, `zlib.error`"

@@ -30,7 +30,7 @@ def _changes(before:str, after:str)->list[tuple[str, str]]: # (' ', '-', '+' or 
 # %% ../../nbs/7I_data.report.ipynb #before-after
 _SMALL, _LOOK_AT = 2**26, 200       # bytes of a file that must be read as a whole; documents of any
 
-def _is_large(path)->bool: # of a file or an address, which need not tell
+def _is_large(path)->bool: # of a file, or of an address, whose server need not state a size
     size = fingerprint(str(path))['bytes']
     return size is None or size > _SMALL
 

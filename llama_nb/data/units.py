@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     stop:int
 
 def _line_after(f:BinaryIO, place:int)->int:
-    "Where the first line begins that does so at `place` or later; 0 if none does soon"
+    "Where the first line at or after `place` begins; 0 if none is found within `MAX_LINE` bytes"
     f.seek(place - 1)
     part = f.readline(2**16)
     while part and not part.endswith(b'\n') and f.tell() < place + MAX_LINE:

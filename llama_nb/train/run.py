@@ -31,6 +31,7 @@ from ..parallel.mesh import data_rank, from_all_ranks, make_mesh, on_all_ranks, 
 from ..parallel.mesh import rank_and_size, total
 from ..parallel.processes import start_ranks
 from ..parallel.tensor import apply_tensor_parallel, async_tensor_parallel
+from ..private import quiet_compiler
 from ..run_file import dump_run, load_run, read_origin
 from ..settings import RunConfig, degrees
 from . import checkpoint as ckpt, stored
@@ -254,6 +255,7 @@ def compile_model(model:LLaMA,
                   backend:str='inductor', # of the compiler
                  ):
     "Compile each block, as one graph, and the loss's chunks"
+    quiet_compiler()
     for layer in model.layers: layer.compile(backend=backend, fullgraph=True)
     model.loss_compiler = backend
 
