@@ -208,7 +208,7 @@ class Generate:
 # %% ../../nbs/93_commands.run.ipynb #eval-command
 @dataclass(frozen=True)
 class Eval:
-    "Measure a trained model on text: nats per token, perplexity, bits per byte; zlib's beside it"
+    "Evaluate a trained model on text: nats per token, perplexity, bits per byte; zlib's beside it"
     run_path:RunName                 # run folder (its newest checkpoint), or that of a checkpoint in it
     text:tuple[str, ...]=()          # files or folders of text; default: all of the run's held-out shards
     tokens:str=''                    # instead: folder of shards, or mixture (TOML), of the same tokenizer

@@ -152,7 +152,7 @@ def evaluation(path,              # folder of a run, or of a checkpoint in it
                device:str='auto',
                progress:bool=False,
               )->dict:            # of numbers and words, for JSON
-    "Measure a trained model on text. Raises `UserError`"
+    "Evaluate a trained model on text. Raises `UserError`"
     folder, device = run_folder(path), pick_device(device)
     config = load_run(folder/'config.toml')
     tokenizer = run_tokenizer(folder, config.model)
