@@ -236,7 +236,7 @@ def inventory_table(rows:list[dict])->str: # Markdown
     lines = ['| source | texts found | MB | clean documents | MB | bytes left | tokens | held out |',
              '|---|---|---|---|---|---|---|---|']
     for r in rows:
-        left = f'{100*r["clean"]/r["raw"]:.0f} %'
+        left = f'{100*r["clean"]/r["raw"]:.0f} %' if r['raw'] else '-'
         lines.append(f'| {r["source"]} | {r["raw_documents"]:,} | {r["raw"]/1e6:.2f} | {r["documents"]:,} | '
                      f'{r["clean"]/1e6:.2f} | {left} | {r["tokens"]:,} | {r["held_out"]:,} |')
     return '\n'.join(lines)
