@@ -104,7 +104,7 @@ def test_compiled_blocks_train_the_same(tmp_path, run_file, llama_nb):
     assert llama_nb('train', plain)[0] == 0
     status, _, err = llama_nb('train', compiled, '--train.compile', 'blocks', '--train.recompute', 'linear')
     assert status == 0, err
-    assert all(' step ' in line for line in err.splitlines()), err  # none is an advice of the compiler
+    assert 'context_fn' not in err and 'complex' not in err, err    # the compiler's advice
     for a, b in zip(metrics(tmp_path/'plain'), metrics(tmp_path/'compiled')):
         # other kernels round otherwise
         assert abs(a['loss']/b['loss'] - 1) < 1e-4 and abs(a['grad_norm']/b['grad_norm'] - 1) < 1e-3
