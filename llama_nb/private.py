@@ -88,11 +88,13 @@ def send_while_multiplying(group:'torch.distributed.ProcessGroup', # ranks that 
     config._micro_pipeline_tp = True
     config.post_grad_custom_post_pass = note    # without a uuid: a graph from a cache would not be noted
 
-def _not_of_contexts(record:logging.LogRecord)->bool: return 'context_fn is passed' not in record.getMessage()
+_ADVICE = 'context_fn is passed', '_NormPartial'    # words of what does not apply to a LLaMA
+
+def _is_no_advice(record:logging.LogRecord)->bool: return not any(x in record.getMessage() for x in _ADVICE)
 
 def quiet_compiler():
     "Keep from the log what the compiler says of every block, of checkpoints in place and of complex numbers"
-    logging.getLogger('torch._higher_order_ops.wrap').addFilter(_not_of_contexts)
+    logging.getLogger('torch._higher_order_ops.wrap').addFilter(_is_no_advice)
     warnings.filterwarnings('ignore', 'Torchinductor does not support code generation for complex')
 
 # %% ../nbs/97_private.ipynb #distributed
@@ -113,11 +115,9 @@ def is_strided(placement:'torch.distributed.tensor.placement_types.Placement')->
 
 COLLECTIVES = torch.ops._c10d_functional # those that the compiler takes into its graphs
 
-def _not_of_a_norm(record:logging.LogRecord)->bool: return '_NormPartial' not in record.getMessage()
-
 def quiet_norms():
     "Keep from the log that the norm of the gradients takes a collective per dimension of the mesh"
-    logging.getLogger('torch.distributed.tensor._redistribute').addFilter(_not_of_a_norm)
+    logging.getLogger('torch.distributed.tensor._redistribute').addFilter(_is_no_advice)
 
 # %% ../nbs/97_private.ipynb #fake
 class OperatorMode(TorchDispatchMode):

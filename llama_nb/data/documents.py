@@ -184,12 +184,13 @@ def stream_lines(stream:BinaryIO,
                  report:Report=refuse,
                  limit:int=MAX_LINE,      # bytes
                 )->Iterator[tuple[int, bytes]]: # (number from 1, line)
-    "Lines of a stream; those longer than `limit` are reported and passed over without being held"
+    """Lines of a stream, without a byte order mark before the first; those longer than `limit` are reported
+    and passed over without being held"""
     number = 0
     while line := _line(stream, limit + 1, number):
         number += 1
         if len(line) <= limit:
-            yield number, line
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             continue
         while line and not line.endswith(b'\n'):
             line = _line(stream, limit, number)
@@ -244,7 +245,7 @@ def json_lines(stream:BinaryIO,
               )->Iterator[Document]:
     "One document per line. A line that cannot be read is reported"
     for n, line in stream_lines(stream, place, report):
-        line = line.removeprefix(codecs.BOM_UTF8)
+        line = line.removeprefix(codecs.BOM_UTF8)           # also within, where files were joined
         if not line.strip(): continue
         doc = _json_document(line, f'{place}, line {n},', name, report, text_key)
         if doc is not None: yield doc

@@ -7,7 +7,7 @@ __all__ = ['Reader', 'PROSE', 'CODE', 'FORMATS', 'read_text', 'read_html', 'read
            'has_format', 'check_packages', 'read_stream', 'read_file']
 
 # %% ../../nbs/14_data.formats.ipynb #imports
-import codecs, csv
+import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,9 +58,7 @@ def _rows(stream:BinaryIO, place:str, report:Report, delimiter:str)->Iterator[tu
     number = 0
     def lines():
         nonlocal number
-        for number, line in stream_lines(stream, place):
-            if number == 1: line = line.removeprefix(codecs.BOM_UTF8)           # spreadsheets begin with it
-            yield line.decode('utf-8', 'surrogateescape')
+        for number, line in stream_lines(stream, place): yield line.decode('utf-8', 'surrogateescape')
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         where = f'{place}, line {number + 1},'
