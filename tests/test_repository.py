@@ -82,7 +82,7 @@ BELOW['scale.dryrun'] = [*BELOW['train'], 'train']            # does what the tr
 BELOW |= {'infer': [*GROUND, 'data', 'model'], 'eval': [*GROUND, 'data', 'model', 'infer'],
           'interop': [*GROUND, 'data', 'model']}
 for page in ('infer.load', 'infer.evaluate'):  # read what a run has written, and measure as it does
-    BELOW[page] = [*BELOW['train'], 'train']
+    BELOW[page] = [*BELOW['train'], 'train', 'interop']
 TOP = {'toy', 'commands', 'cli', '__main__'}
 FOREIGN = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter', 'notebook', 'transformers',
            'pytest', 'nbformat', 'nbclient', 'nbconvert'}

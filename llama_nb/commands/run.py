@@ -147,7 +147,7 @@ def hint_at_spaces(prompts:list[str]):
 @dataclass(frozen=True)
 class Generate:
     "Continue prompts with the model of a run"
-    folder:RunName                                      # run folder, as runs/toy, or a checkpoint's in it
+    folder:RunName                                      # run folder, checkpoint's, or released weights
     prompt:tuple[str, ...]=()                           # texts to continue; without any: 'def'
     prompts:FileName=''                                 # file with a prompt per line; - is standard input
     n:int=setting(1, max=2**20)                         # samples of each prompt
@@ -226,19 +226,27 @@ class Eval:
 # %% ../../nbs/93_commands.run.ipynb #convert-command
 @dataclass(frozen=True)
 class Convert:
-    "Export the weights of a checkpoint as one safetensors file"
-    source:RunName                   # run folder (its newest checkpoint), or the folder of a checkpoint
-    out:NewFile                      # file to write; must not exist yet
+    "Write the weights of a run, or released ones, as one file or in the form of others"
+    source:RunName                   # run folder (its newest checkpoint), checkpoint's, or released weights
+    out:NewFile                      # file (safetensors) or folder (hf, meta) to write; must not exist yet
+    format:str=setting('safetensors', words=('safetensors', 'hf', 'meta'))  # safetensors, hf, meta
+    # of the weights: float32, float16, bfloat16; default: as they are, for meta float16
+    dtype:str=setting('', words=('', 'float32', 'float16', 'bfloat16'))
+    shards:int=setting(1, max=1024)  # files of the form meta, one for each model-parallel rank
+
+    def __post_init__(self): check_fields(self)
 
     def run(self)->int: # exit code
-        from llama_nb.infer.load import newest
-        from llama_nb.train.stored import consolidate
         source, out = Path(self.source), Path(self.out)
-        if out.suffix != '.safetensors': raise UserError(f'{out} must end in .safetensors')
-        refuse_existing(out, 'file')
-        path = source if (source/'manifest.json').exists() else newest(source)
-        consolidate(path, out)
-        print(f'{path} -> {out}: {out.stat().st_size:,} bytes')
+        if self.format == 'safetensors' and out.suffix != '.safetensors':
+            raise UserError(f'{out} must end in .safetensors; a folder for others is made with --format hf, '
+                            'or --format meta')
+        if self.shards > 1 and self.format != 'meta': raise UserError('shards are of --format meta')
+        refuse_existing(out, 'file' if self.format == 'safetensors' else 'folder')
+        from llama_nb.infer.load import export_weights
+        path = export_weights(source, out, self.format, self.dtype, self.shards)
+        size = sum(p.stat().st_size for p in ([out] if out.is_file() else out.iterdir()))
+        print(f'{path} -> {out}: {size:,} bytes')
         return 0
 
 # %% ../../nbs/93_commands.run.ipynb #plan-command
