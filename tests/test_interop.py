@@ -320,6 +320,19 @@ def test_from_a_run_to_both_forms_and_back(trained, llama_nb, tmp_path):
     said = [llama_nb('generate', folder, *ask) for folder in (trained, tmp_path/'hf', tmp_path/'meta')]
     assert said[0][0] == 0 and said[0][:2] == said[1][:2] == said[2][:2]
 
+def test_released_weights_are_evaluated(trained, tokens, llama_nb, tmp_path):
+    "With the run's numbers, in windows of the same length; a text must be named"
+    assert llama_nb('convert', trained, tmp_path/'hf', '--format', 'hf')[0] == 0
+    on = '--tokens', tokens/'held_out', '--device', 'cpu', '--json'
+    ran, released = (json.loads(llama_nb('eval', folder, *on)[1]) for folder in (trained, tmp_path/'hf'))
+    assert released['checkpoints'][0].pop('step') is released['checkpoints'][0].pop('tokens_seen') is None
+    for name, x in released['checkpoints'][0].items(): assert ran['checkpoints'][0][name] == x
+    assert (released['window'], released['bytes']) == (64, ran['bytes'])
+    assert 'released weights' in llama_nb('eval', tmp_path/'hf', '--text', __file__, '--device', 'cpu')[1]
+    for more, words in (((), 'give --text or --tokens'), (('--all', *on), 'has one model')):
+        status, _, err = llama_nb('eval', tmp_path/'hf', *more)
+        assert status == 2 and words in err and err.count('\n') == 1, err
+
 def test_training_begins_with_weights_of_others(trained, run_file, llama_nb, tmp_path):
     for args in ((trained, tmp_path/'hf', '--format', 'hf', '--dtype', 'bfloat16'),
                  (tmp_path/'hf', tmp_path/'w.safetensors')):

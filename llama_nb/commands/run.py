@@ -209,7 +209,7 @@ class Generate:
 @dataclass(frozen=True)
 class Eval:
     "Evaluate a trained model on text: nats per token, perplexity, bits per byte; zlib's beside it"
-    run_path:RunName                 # run folder (its newest checkpoint), or that of a checkpoint in it
+    run_path:RunName                 # run folder (its newest checkpoint), checkpoint's, or released weights
     text:tuple[str, ...]=()          # files or folders of text; default: all of the run's held-out shards
     tokens:str=''                    # instead: folder of shards, or mixture (TOML), of the same tokenizer
     all:Switch=0             # every checkpoint that was kept

@@ -22,9 +22,10 @@ from ..data.mixture import Mixture, open_tokens, token_sources
 from ..data.shards import TokenShards, write_shards
 from ..data.sources import read_documents
 from ..data.tokenizer import Tokenizer
-from .load import load_model, named_or_newest, run_folder, run_tokenizer
+from .load import (load_model, named_or_newest, open_run, reader_of, run_folder,
+                                 run_tokenizer)
 from ..run_file import load_run
-from ..settings import RunConfig
+from ..settings import DataConfig, OptimConfig, RunConfig, TrainConfig
 from ..train.loss import bits_per_byte, zlib_bits_per_byte
 from ..train.stored import CheckpointError, list_checkpoints, read_state
 from ..train.trainer import forward_loss, token_row
@@ -143,32 +144,17 @@ def open_text(folder:Path,       # of a run
         found = _shards(tokens, tokenizer) if tokens else _held_out(folder, config, tokenizer)
         yield tokens or config.data.held_out, found
 
-# %% ../../nbs/6B_infer.evaluate.ipynb #evaluation
-def evaluation(path,              # folder of a run, or of a checkpoint in it
-               text:tuple=(),     # files and folders of text
-               tokens:str='',     # or token shards; the run's held-out ones if neither is given
-               all_kept:bool=False, # every checkpoint of the run, not only the newest
-               stride:int=0,      # tokens from one window to the next; 0: the length of a window
-               device:str='auto',
-               progress:bool=False,
-              )->dict:            # of numbers and words, for JSON
-    "Evaluate a trained model on text. Raises `UserError`"
-    folder, device = run_folder(path), pick_device(device)
-    config = load_run(folder/'config.toml')
-    tokenizer = run_tokenizer(folder, config.model)
-    seq_len = config.data.seq_len
-    check_stride(stride or seq_len, seq_len)
-    dtype = pick_dtype('float32' if config.train.dtype == 'float32' else 'auto', device)
-    bos_id = tokenizer.bos_id if config.data.documents == 'separate' else None
-    settings = dict(seq_len=seq_len, stride=stride, dtype=dtype, bos_id=bos_id, progress=progress)
-    with open_text(folder, config, tokenizer, text, tokens) as (name, found):
-        facts = {'run': str(folder), 'text': name, **_about_text(found, tokenizer), 'window': seq_len,
-                 'stride': stride or seq_len, 'documents_are': config.data.documents, 'device': str(device),
-                 'dtype': str(dtype).removeprefix('torch.'), 'checkpoints': []}
-        for checkpoint, model in _models(path, config, all_kept):
-            scores = score_sources(model.to(device), found, **settings)
-            facts['checkpoints'].append(_about_checkpoint(checkpoint, config, scores))
-    return facts
+# %% ../../nbs/6B_infer.evaluate.ipynb #opened
+def _opened(path, device:str)->tuple: # folder, RunConfig, Tokenizer; LLaMA of released weights, else None
+    "What an evaluation begins with. Raises `UserError`"
+    if not reader_of(path):
+        folder = run_folder(path)
+        config = load_run(folder/'config.toml')
+        return folder, config, run_tokenizer(folder, config.model), None
+    model, tokenizer = open_run(path, device)
+    data = DataConfig('', seq_len=model.config.max_seq_len, batch_size=1)
+    config = RunConfig(str(path), model.config, data, TrainConfig(1), OptimConfig(warmup_steps=0))
+    return Path(path), config, tokenizer, model
 
 # %% ../../nbs/6B_infer.evaluate.ipynb #models
 def _models(path, config:RunConfig, all_kept:bool)->Iterator[tuple[Path, torch.nn.Module]]:
@@ -202,12 +188,43 @@ def _about_score(s:Score)->dict:
     facts = {'nats_per_token': s.nats_per_token, 'perplexity': s.perplexity, 'bits_per_byte': s.bits_per_byte}
     return {name: x if math.isfinite(x) else None for name, x in facts.items()}
 
-def _about_checkpoint(path:Path, config:RunConfig, scores:dict[str, Score])->dict:
-    step, total = int(path.name.rpartition('-')[2]), add_scores(scores.values())
+def _progress(path:Path, config:RunConfig)->dict: # of nothing, where weights were released
+    if reader_of(path): return {'step': None, 'tokens_seen': None}
+    step = int(path.name.rpartition('-')[2])
     tokens = read_state(path).get('tokens', step*config.data.batch_size*config.data.seq_len)
-    about = {'step': step, 'tokens_seen': tokens,
-             **_about_score(total)}
+    return {'step': step, 'tokens_seen': tokens}
+
+def _about_checkpoint(path:Path, config:RunConfig, scores:dict[str, Score])->dict:
+    about = _progress(path, config) | _about_score(add_scores(scores.values()))
     return about | ({'sources': {k: _about_score(s) for k, s in scores.items()}} if len(scores) > 1 else {})
+
+# %% ../../nbs/6B_infer.evaluate.ipynb #evaluation
+def evaluation(path,              # folder of a run, of a checkpoint in it, or of released weights
+               text:tuple=(),     # files and folders of text
+               tokens:str='',     # or token shards; the run's held-out ones if neither is given
+               all_kept:bool=False, # every checkpoint of the run, not only the newest
+               stride:int=0,      # tokens from one window to the next; 0: the length of a window
+               device:str='auto',
+               progress:bool=False,
+              )->dict:            # of numbers and words, for JSON
+    "Evaluate a trained model on text. Raises `UserError`"
+    folder, config, tokenizer, released = _opened(path, device)
+    if all_kept and released is not None: raise UserError(f'{path} has one model; --all is for runs')
+    device = pick_device(device)
+    seq_len = config.data.seq_len
+    check_stride(stride or seq_len, seq_len)
+    dtype = pick_dtype('float32' if config.train.dtype == 'float32' else 'auto', device)
+    bos_id = tokenizer.bos_id if config.data.documents == 'separate' else None
+    settings = dict(seq_len=seq_len, stride=stride, dtype=dtype, bos_id=bos_id, progress=progress)
+    with open_text(folder, config, tokenizer, text, tokens) as (name, found):
+        facts = {'run': str(folder), 'text': name, **_about_text(found, tokenizer), 'window': seq_len,
+                 'stride': stride or seq_len, 'documents_are': config.data.documents, 'device': str(device),
+                 'dtype': str(dtype).removeprefix('torch.'), 'checkpoints': []}
+        models = _models(path, config, all_kept) if released is None else [(folder, released)]
+        for checkpoint, model in models:
+            scores = score_sources(model.to(device), found, **settings)
+            facts['checkpoints'].append(_about_checkpoint(checkpoint, config, scores))
+    return facts
 
 # %% ../../nbs/6B_infer.evaluate.ipynb #report
 def report(facts:dict # from `evaluation`
@@ -219,7 +236,8 @@ def report(facts:dict # from `evaluation`
              f'windows of {facts["window"]:,} tokens, {facts["stride"]:,} apart; documents '
              f'{facts["documents_are"]}; {facts["dtype"]} on {facts["device"]}', '',
              f'{"":16}  nats per token  perplexity  bits per byte']
-    lines += [_line(f'step {row["step"]:,}', row) for row in rows]
+    steps = ['released weights' if row['step'] is None else f'step {row["step"]:,}' for row in rows]
+    lines += [_line(name, row) for name, row in zip(steps, rows)]
     lines += [_line('zlib -9', {'bits_per_byte': facts['zlib_bits_per_byte']})]
     if 'sources' not in rows[-1]: return '\n'.join(lines)
     lines += ['', f'{"by source":16}  nats per token  perplexity  bits per byte  zlib -9']
