@@ -186,21 +186,6 @@ def batch_borders(tokens:Tensor,        # (b, t) int64, on a CPU
         room *= 2
     return torch.stack([pad(x, (0, room + 1 - len(x)), value=x[-1].item()) for x in found])
 
-# %% ../../nbs/13_data.loader.ipynb #signals
-def _obey_loop_alone(worker_id:int):
-    "In a worker: ignore signals, except a SIGTERM that the loop's process sends"
-    for name in ('SIGINT', 'SIGUSR1'):
-        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if not hasattr(signal, 'sigwaitinfo'): return           # macOS cannot tell who sends
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_when_told_by, args=(os.getppid(),), daemon=True).start()
-
-def _exit_when_told_by(parent:int):
-    sender = None
-    while sender != parent:
-        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-    os._exit(0)
-
 # %% ../../nbs/13_data.loader.ipynb #prefetch
 class _Batches(Dataset):
     "Batch `i` of a rank, with its borders if there is a `bos_id`, or the error it led to"
@@ -242,3 +227,18 @@ def prefetch(loader:Loader,
     for got in _begin(batches):
         if isinstance(got, Exception): raise got
         yield got
+
+# %% ../../nbs/13_data.loader.ipynb #signals
+def _obey_loop_alone(worker_id:int):
+    "In a worker: ignore signals, except a SIGTERM that the loop's process sends"
+    for name in ('SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'): return           # macOS cannot tell who sends
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+def _exit_when_told_by(parent:int):
+    sender = None
+    while sender != parent:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+    os._exit(0)

@@ -34,7 +34,8 @@ def run_folder(path # of a run, or of a checkpoint in it
     path = Path(path)
     folder = path.absolute().parent.parent if _is_checkpoint(path) else path
     if (folder/'config.toml').exists(): return folder
-    raise UserError(f'{path} is not the folder of a run: no config.toml in it')
+    raise UserError(f'{path} is not the folder of a run: no config.toml in it; nor of released weights: no '
+                    'config.json, no params.json')
 
 def newest(folder # of a run
           )->Path:

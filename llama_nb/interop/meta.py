@@ -172,12 +172,16 @@ def save_meta(model:LLaMA,
     if uneven: raise UserError(f'{shards} files cannot share {uneven[0]} evenly')
     with publishing(folder) as tmp:
         (tmp/'params.json').write_text(json.dumps(_params(c)) + '\n', encoding='utf-8')
-        if tokenizer: (tmp/'tokenizer.model').write_bytes(Path(tokenizer.path).read_bytes())
+        if tokenizer: _copy_tokenizer(Path(tokenizer.path).read_bytes(), tmp)
         for i in range(shards):
             part = {name: _part(name, w, i, shards, dtype) for name, w in state.items()}
             _save(part, tmp/f'consolidated.{i:02d}.pth')
 
 # %% ../../nbs/6F_interop.meta.ipynb #save-parts
+def _copy_tokenizer(data:bytes, folder:Path):
+    kind = 'json' if data.lstrip()[:1] == b'{' else 'model'
+    (folder/f'tokenizer.{kind}').write_bytes(data)
+
 def _save(part:dict[str,Tensor], path:Path):
     "Raises `OSError` where the disk refuses, which `torch.save` hides behind an error of its own"
     try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_metrics', 'cut_back', 'tolerated', 'centred_mean', 'plot_loss', 'Thinned', 'LossCurve', 'Boards', 'TensorBoard',
-           'Wandb', 'Metrics', 'open_metrics', 'StepInFlight']
+           'Metrics', 'open_metrics', 'StepInFlight', 'Wandb']
 
 # %% ../../nbs/65_train.metrics.ipynb #imports
 import io, json, os, secrets, shutil, time
@@ -214,42 +214,9 @@ class TensorBoard:
 
     def close(self): self.writer.close()
 
-# %% ../../nbs/65_train.metrics.ipynb #wandb
-class Wandb:
-    "A run at Weights & Biases. Raises `UserError` without the package"
-    def __init__(self,
-                 folder:Path,       # of the run
-                 config:RunConfig,  # its `train.wandb` names the project
-                 rows:list[dict]):  # of the log, from before this start
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("train.wandb needs the wandb package: pip install 'llama_nb[wandb]'; "
-                            'or leave it out') from None
-        os.environ.setdefault('WANDB_FINISH_TIMEOUT', '30')         # seconds
-        self.run = wandb.init(project=config.train.wandb, dir=str(folder), config=asdict(config),
-                              allow_val_change=True, resume='allow', **_wandb_name(folder))
-        for row in rows[-128:]: self.add(row['step'], _news(row))
-
-    def add(self, step:int, numbers:dict):
-        "Steps that it has from before are left as they are"
-        if step >= self.run.starting_step: self.run.log(numbers, step=step)
-
-    def flush(self): "It sends by itself, some seconds later"
-
-    def close(self): self.run.finish()
-
-# %% ../../nbs/65_train.metrics.ipynb #wandb-name
 def _news(row:dict)->dict:
     "The numbers of a row"
     return {key: value for key, value in row.items() if key != 'step' and value is not None}
-
-def _wandb_name(folder:Path)->dict: # arguments of `wandb.init`
-    "The id that the folder holds; where it holds none, a new one, and the folder's name"
-    path = folder/'wandb-id'
-    if path.exists(): return {'id': read_bounded(path, 2**10, folder).decode('utf-8', 'replace').strip()}
-    write_atomic(path, secrets.token_hex(4) + '\n')
-    return {'id': path.read_text(encoding='utf-8').strip(), 'name': folder.name}
 
 # %% ../../nbs/65_train.metrics.ipynb #log-file
 class _LogFile:
@@ -356,3 +323,36 @@ class StepInFlight:
         "The values, as soon as they have arrived"
         if self.copied: self.copied.synchronize()
         return self.values.tolist()
+
+# %% ../../nbs/65_train.metrics.ipynb #wandb
+class Wandb:
+    "A run at Weights & Biases. Raises `UserError` without the package"
+    def __init__(self,
+                 folder:Path,       # of the run
+                 config:RunConfig,  # its `train.wandb` names the project
+                 rows:list[dict]):  # of the log, from before this start
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("train.wandb needs the wandb package: pip install 'llama_nb[wandb]'; "
+                            'or leave it out') from None
+        os.environ.setdefault('WANDB_FINISH_TIMEOUT', '30')         # seconds
+        self.run = wandb.init(project=config.train.wandb, dir=str(folder), config=asdict(config),
+                              allow_val_change=True, resume='allow', **_wandb_name(folder))
+        for row in rows[-128:]: self.add(row['step'], _news(row))
+
+    def add(self, step:int, numbers:dict):
+        "Steps that it has from before are left as they are"
+        if step >= self.run.starting_step: self.run.log(numbers, step=step)
+
+    def flush(self): "It sends by itself, some seconds later"
+
+    def close(self): self.run.finish()
+
+# %% ../../nbs/65_train.metrics.ipynb #wandb-name
+def _wandb_name(folder:Path)->dict: # arguments of `wandb.init`
+    "The id that the folder holds; where it holds none, a new one, and the folder's name"
+    path = folder/'wandb-id'
+    if path.exists(): return {'id': read_bounded(path, 2**10, folder).decode('utf-8', 'replace').strip()}
+    write_atomic(path, secrets.token_hex(4) + '\n')
+    return {'id': path.read_text(encoding='utf-8').strip(), 'name': folder.name}
