@@ -21,6 +21,38 @@ from ..core import TemporaryError, UserError, choose, is_temporary
 from ..files import write_atomic
 from ..untrusted import read_json
 
+# %% ../../nbs/7J_data.executors.ipynb #in-processes
+def in_processes(work:Callable, items:list[tuple], workers:int,
+                 prepare:Callable|None=None,    # called in each of them first
+                )->Iterator:
+    """Yield `work(*item)` from so many processes, as they are done.
+
+    Raises what it raises, and `TemporaryError` if a process dies"""
+    data, todo, team, started = _pickled(work), iter(items), {}, []
+    try:
+        for item in islice(todo, workers):
+            pipe, process = _start_worker(data, prepare)
+            started.append(process)
+            team[pipe] = process, item
+            _send(pipe, data, item)
+        while team:
+            for pipe in wait(list(team)):
+                process, item = team.pop(pipe)
+                answer = _answer(pipe, process, item)
+                following = next(todo, None)
+                if following: team[pipe] = process, following
+                _send(pipe, following)
+                yield answer
+    finally:
+        _end(started)
+
+def _send(pipe, *messages):
+    "Send; that the other end has died is seen where its answer is read"
+    with suppress(OSError):
+        for message in messages:
+            send = pipe.send_bytes if isinstance(message, bytes) else pipe.send
+            send(message)
+
 # %% ../../nbs/7J_data.executors.ipynb #worker
 def _worker(pipe, prepare:Callable|None):
     "The life of a worker: what to do comes first, then one item after the other; None is the end"
@@ -103,38 +135,6 @@ def _answer(pipe, process, item:tuple):
                              'on with the files that are left') from None
     if isinstance(answer, BaseException): raise answer
     return answer
-
-# %% ../../nbs/7J_data.executors.ipynb #in-processes
-def in_processes(work:Callable, items:list[tuple], workers:int,
-                 prepare:Callable|None=None,    # called in each of them first
-                )->Iterator:
-    """Yield `work(*item)` from so many processes, as they are done.
-
-    Raises what it raises, and `TemporaryError` if a process dies"""
-    data, todo, team, started = _pickled(work), iter(items), {}, []
-    try:
-        for item in islice(todo, workers):
-            pipe, process = _start_worker(data, prepare)
-            started.append(process)
-            team[pipe] = process, item
-            _send(pipe, data, item)
-        while team:
-            for pipe in wait(list(team)):
-                process, item = team.pop(pipe)
-                answer = _answer(pipe, process, item)
-                following = next(todo, None)
-                if following: team[pipe] = process, following
-                _send(pipe, following)
-                yield answer
-    finally:
-        _end(started)
-
-def _send(pipe, *messages):
-    "Send; that the other end has died is seen where its answer is read"
-    with suppress(OSError):
-        for message in messages:
-            send = pipe.send_bytes if isinstance(message, bytes) else pipe.send
-            send(message)
 
 # %% ../../nbs/7J_data.executors.ipynb #spread
 def spread(work:Callable, items:list[tuple], workers:int, prepare:Callable|None=None)->Iterator:

@@ -243,64 +243,6 @@ def _folder(path:str)->Iterator[_Entry]:
             inside = at.relative_to(path).as_posix()
             yield _Entry(inside, partial(_read_path, at), _why_not(inside, at.lstat().st_mode))
 
-# %% ../../nbs/78_data.github.ipynb #tar
-_LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
-         tarfile.GNUTYPE_LONGLINK)
-
-class _Header(tarfile.TarInfo):
-    "Refuses a header of more than a MiB, and notes whether the last one was the end"
-    complete = False
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        cls.complete = len(buf) == tarfile.BLOCKSIZE and not any(buf)
-        found = super().frombuf(buf, encoding, errors)
-        if found.type in _LONG and not 0 <= found.size <= MAX_FILE:
-            raise UserError(f'it has a header of {found.size:,} bytes')
-        return found
-
-def _member(tar, member, limit:int)->bytes:
-    return tar.extractfile(member).read(limit)
-
-def _tar(path:str)->Iterator[_Entry]:
-    header = type('_ThisHeader', (_Header,), {})            # each archive its own
-    with open_stream(path) as stream, tarfile.open(fileobj=stream, mode='r|', tarinfo=header) as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []                                # it would remember them all
-            if member.isdir(): continue
-            mode = stat.S_IFREG if member.isreg() else 0
-            problem = _why_not(member.name, mode, member.issym() or member.islnk())
-            yield _Entry(member.name, partial(_member, tar, member), problem)
-    if not header.complete: raise UserError(f'{path} ends where no archive ends: it is cut off or damaged')
-
-# %% ../../nbs/78_data.github.ipynb #zip
-def _count_entries(stream, # a zip archive
-                  )->int: # modulo 65,536
-    "Entries that the last record of a zip archive counts"
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(max(0, size - 22 - 65535))                  # the record, and the longest comment
-    tail = stream.read()
-    return struct.unpack_from('<H', tail, tail.rfind(b'PK\5\6') + 10)[0]
-
-def _zip(path:str)->Iterator[_Entry]:
-    with open_stream(path) as stream, zipfile.ZipFile(stream) as archive:
-        told, found = _count_entries(stream), len(archive.infolist())
-        if told not in (0xffff, found % 2**16):             # all bits set: a larger record counts them
-            raise UserError(f'{path} is cut off or damaged: it tells of {told:,} entries and has {found:,}')
-        left = growth_limit(stream.seek(0, io.SEEK_END))
-        def read(info, limit):
-            nonlocal left
-            with archive.open(info) as f: data = f.read(limit)
-            left -= len(data)
-            if left < 0: raise UserError(f'{path} grows more than {MAX_GROWTH}-fold when decompressed')
-            return data
-        for info in archive.infolist():
-            if info.is_dir(): continue
-            mode = info.external_attr >> 16
-            problem = 'is encrypted' if info.flag_bits & 1 else ''
-            yield _Entry(info.filename, partial(read, info),
-                         problem or _why_not(info.filename, mode if stat.S_IFMT(mode) else stat.S_IFREG))
-
 # %% ../../nbs/78_data.github.ipynb #entries
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError,
             NotImplementedError, AttributeError, LookupError)
@@ -441,3 +383,61 @@ def github_stages(read:Callable[[], Iterable[Document]], # gives the documents, 
     is_first = first_seen((text_key(doc.text), doc.id) for doc in seen)
     copies = Stage('github', partial(clean_copies, is_first=is_first))
     return [licence, copies, code] if rules.copies_first else [licence, code, copies]
+
+# %% ../../nbs/78_data.github.ipynb #tar
+_LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+         tarfile.GNUTYPE_LONGLINK)
+
+class _Header(tarfile.TarInfo):
+    "Refuses a header of more than a MiB, and notes whether the last one was the end"
+    complete = False
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        cls.complete = len(buf) == tarfile.BLOCKSIZE and not any(buf)
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _LONG and not 0 <= found.size <= MAX_FILE:
+            raise UserError(f'it has a header of {found.size:,} bytes')
+        return found
+
+def _member(tar, member, limit:int)->bytes:
+    return tar.extractfile(member).read(limit)
+
+def _tar(path:str)->Iterator[_Entry]:
+    header = type('_ThisHeader', (_Header,), {})            # each archive its own
+    with open_stream(path) as stream, tarfile.open(fileobj=stream, mode='r|', tarinfo=header) as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []                                # it would remember them all
+            if member.isdir(): continue
+            mode = stat.S_IFREG if member.isreg() else 0
+            problem = _why_not(member.name, mode, member.issym() or member.islnk())
+            yield _Entry(member.name, partial(_member, tar, member), problem)
+    if not header.complete: raise UserError(f'{path} ends where no archive ends: it is cut off or damaged')
+
+# %% ../../nbs/78_data.github.ipynb #zip
+def _count_entries(stream, # a zip archive
+                  )->int: # modulo 65,536
+    "Entries that the last record of a zip archive counts"
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, size - 22 - 65535))                  # the record, and the longest comment
+    tail = stream.read()
+    return struct.unpack_from('<H', tail, tail.rfind(b'PK\5\6') + 10)[0]
+
+def _zip(path:str)->Iterator[_Entry]:
+    with open_stream(path) as stream, zipfile.ZipFile(stream) as archive:
+        told, found = _count_entries(stream), len(archive.infolist())
+        if told not in (0xffff, found % 2**16):             # all bits set: a larger record counts them
+            raise UserError(f'{path} is cut off or damaged: it tells of {told:,} entries and has {found:,}')
+        left = growth_limit(stream.seek(0, io.SEEK_END))
+        def read(info, limit):
+            nonlocal left
+            with archive.open(info) as f: data = f.read(limit)
+            left -= len(data)
+            if left < 0: raise UserError(f'{path} grows more than {MAX_GROWTH}-fold when decompressed')
+            return data
+        for info in archive.infolist():
+            if info.is_dir(): continue
+            mode = info.external_attr >> 16
+            problem = 'is encrypted' if info.flag_bits & 1 else ''
+            yield _Entry(info.filename, partial(read, info),
+                         problem or _why_not(info.filename, mode if stat.S_IFMT(mode) else stat.S_IFREG))
