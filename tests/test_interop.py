@@ -1,5 +1,5 @@
-"""Weights in Meta's and Hugging Face's form: transformers is the judge, files are split by other code, damage
-is told in one line, and the command line leads from a run to both forms and back."""
+"""Weights in Meta's and Hugging Face's format: transformers is the judge, files are split by other code,
+damage is told in one line, and the command line leads from a run to both formats and back."""
 import json, os, random, resource, shutil
 from pathlib import Path
 import numpy as np
@@ -180,7 +180,7 @@ def spoil(file:Path, rng):
 
 @pytest.mark.parametrize('form', ['meta', 'hf'])
 def test_damage_is_an_error_of_one_line_or_other_numbers(form, tmp_path):
-    "These forms have no digests, so a changed weight may pass; nothing else may"
+    "These formats have no digests, so a changed weight may pass; nothing else may"
     model, load = saved(form, tmp_path/'good')
     rng, refused = random.Random(0), 0
     for i in range(150):

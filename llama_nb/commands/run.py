@@ -226,13 +226,13 @@ class Eval:
 # %% ../../nbs/93_commands.run.ipynb #convert-command
 @dataclass(frozen=True)
 class Convert:
-    "Write the weights of a run, or released ones, as one file or in the form of others"
+    "Write the weights of a run, or released ones, as one file or in another format"
     source:RunName                   # run folder (its newest checkpoint), checkpoint's, or released weights
     out:NewFile                      # file (safetensors) or folder (hf, meta) to write; must not exist yet
     format:str=setting('safetensors', words=('safetensors', 'hf', 'meta'))  # safetensors, hf, meta
     # of the weights: float32, float16, bfloat16; default: as they are, for meta float16
     dtype:str=setting('', words=('', 'float32', 'float16', 'bfloat16'))
-    shards:int=setting(1, max=1024)  # files of the form meta, one for each model-parallel rank
+    shards:int=setting(1, max=1024)  # files of the format meta, one for each model-parallel rank
 
     def __post_init__(self): check_fields(self)
 

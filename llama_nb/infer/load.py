@@ -69,7 +69,7 @@ _READERS = {'params.json': load_meta, 'config.json': load_hf}
 
 def reader_of(path            # of a folder
              )->Callable|None: # (folder, dtype) -> LLaMA
-    "What reads released weights, in Meta's form or in that of Hugging Face; None for any other folder"
+    "What reads released weights, in Meta's format or in that of Hugging Face; None for any other folder"
     return next((read for file, read in _READERS.items() if (Path(path)/file).exists()), None)
 
 def open_released(folder,          # for which `reader_of` knows a reader
@@ -124,10 +124,10 @@ def named_or_newest(path,             # folder of a run, or of a checkpoint in i
 def export_weights(source:Path,            # folder of a run, of a checkpoint, or of released weights
                    out:Path,               # file or folder to write
                    form:str='safetensors', # or hf, meta
-                   dtype:str='',           # of the weights; empty: as they are, in Meta's form float16
-                   shards:int=1,           # files in Meta's form
+                   dtype:str='',           # of the weights; empty: as they are, in Meta's format float16
+                   shards:int=1,           # files in Meta's format
                   )->Path:                 # what was read
-    "Write the weights of `source` in another form, whole or not at all. Raises `UserError`"
+    "Write the weights of `source` in another format, whole or not at all. Raises `UserError`"
     read = reader_of(source)
     path = source if read or _is_checkpoint(source) else newest(source)
     kind = getattr(torch, dtype) if dtype else None
