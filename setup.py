@@ -22,6 +22,9 @@ parquet = cfg['parquet_requirements'].split()
 # A tokenizer.json in the place of a SentencePiece model
 huggingface = cfg['huggingface_requirements'].split()
 
+# A model as one file for llama.cpp
+gguf = cfg['gguf_requirements'].split()
+
 # Cleaning under Slurm or Ray, and from addresses
 cluster = data + cfg['cluster_requirements'].split()
 
@@ -30,7 +33,7 @@ wandb = cfg['wandb_requirements'].split()
 
 # The site is part of `test`, so that a link or a formula that breaks is seen; `dev` is for who edits pages
 docs = cfg['docs_requirements'].split()
-test = cfg['test_requirements'].split() + docs + data + parquet + huggingface + wandb
+test = cfg['test_requirements'].split() + docs + data + parquet + huggingface + gguf + wandb
 dev = cfg['dev_requirements'].split() + test
 
 setup(
@@ -50,7 +53,7 @@ setup(
     package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split() + linux_x86,
     extras_require={'dev': dev, 'test': test, 'docs': docs, 'data': data, 'parquet': parquet,
-                    'huggingface': huggingface, 'cluster': cluster, 'wandb': wandb},
+                    'huggingface': huggingface, 'gguf': gguf, 'cluster': cluster, 'wandb': wandb},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,

@@ -20,6 +20,7 @@ _NAMES = {'config': 'ModelConfig PRESETS',
           'data.tokenizer': 'Tokenizer train_tokenizer',
           'infer.generate': 'generate stream_text',
           'infer.load': 'open_run',
+          'interop.gguf': 'save_gguf',
           'interop.hf': 'load_hf save_hf',
           'interop.meta': 'load_meta save_meta',
           'model.attention': 'Attention',
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from llama_nb.data.tokenizer import Tokenizer, train_tokenizer
     from llama_nb.infer.generate import generate, stream_text
     from llama_nb.infer.load import open_run
+    from llama_nb.interop.gguf import save_gguf
     from llama_nb.interop.hf import load_hf, save_hf
     from llama_nb.interop.meta import load_meta, save_meta
     from llama_nb.model.attention import Attention
@@ -75,8 +77,8 @@ __all__ = ['Attention', 'Document', 'FeedForward', 'LLaMA', 'Loader', 'ModelConf
          'RMSNorm', 'RunConfig', 'TokenShards', 'Tokenizer', 'Trainer', 'TransformerBlock', 'UserError',
          'bits_per_byte', 'clip_grad_norm', 'consolidate', 'cosine_lr', 'evaluate', 'fit', 'generate',
          'load_checkpoint', 'load_hf', 'load_meta', 'load_run', 'make_optimizer', 'next_token_loss',
-         'open_run', 'read_documents', 'save_hf', 'save_meta', 'start_run', 'stream_text', 'train_tokenizer',
-         'write_shards']
+         'open_run', 'read_documents', 'save_gguf', 'save_hf', 'save_meta', 'start_run', 'stream_text',
+         'train_tokenizer', 'write_shards']
 
 # %% ../nbs/98_init.ipynb #version
 __version__ = "0.1.0"

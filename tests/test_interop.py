@@ -12,6 +12,7 @@ from llama_nb.config import PRESETS, ModelConfig
 from llama_nb.core import UserError
 from llama_nb.data.tokenizer import Tokenizer
 from llama_nb.infer.load import open_run
+from llama_nb.interop.gguf import save_gguf
 from llama_nb.interop.hf import hf_config, hf_name, load_hf, model_config, save_hf, save_tokenizer
 from llama_nb.interop.meta import load_meta, meta_config, save_meta, split_axis
 from llama_nb.model.transformer import LLaMA, empty_model
@@ -281,7 +282,7 @@ def test_the_ids_of_sentencepiece(tokens, tmp_path):
     ours = Tokenizer(tokens/'tokenizer.model')
     save_tokenizer(ours, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    texts = [*random_texts(3), 'def f(x):\n        return   x\n', '   ', ' a', 'a ', '\n', 'Ａé\u0301\u200b']
+    texts = [*random_texts(3), 'def f(x):\n        return   x\n', '   ', ' a', 'a ', '\n', 'Ａé\u0301']
     for text in texts:
         ids = ours.encode(text)
         assert theirs(text).input_ids == ids, text
@@ -294,6 +295,38 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
         model_prefix=str(tmp_path/'unigram'), model_type='unigram', minloglevel=2)
     unigram = Tokenizer(tmp_path/'unigram.model')
     with pytest.raises(UserError, match='which is BPE'): save_tokenizer(unigram, tmp_path)
+
+# --- llama.cpp -------------------------------------------------------------------------------------
+
+def next_by_llama_cpp(server, prompt):
+    "id -> log probability of the next token, for its eight most likely ones; a prompt is ids or a text"
+    said = server.handle_completions({'prompt': prompt, 'n_predict': 1, 'n_probs': 8, 'temperature': 0,
+                                      'cache_prompt': False})
+    return {row['id']: row['logprob'] for row in said['choices'][0]['logprobs']['content'][0]['top_logprobs']}
+
+@pytest.mark.parametrize('dtype, most', [(torch.float32, 1e-4), (torch.float16, .1)], ids=str)
+def test_llama_cpp_has_our_probabilities(tokens, tmp_path, dtype, most):
+    "And our ids, of texts; float32 rounds at 6e-8, float16 at 5e-4 of each weight"
+    cpp = pytest.importorskip('xllamacpp')
+    tokenizer = Tokenizer(tokens/'tokenizer.model')
+    model = drawn(ModelConfig(128, 3, 4, vocab_size=410, multiple_of=32, norm_eps=1e-3, rope_theta=300.))
+    for p in model.parameters():
+        if p.ndim > 1: p.data /= 2
+    model.output.weight.data[:259] = 0      # its server reports nothing of a token that is half a character
+    save_gguf(model, tmp_path/'model.gguf', tokenizer, dtype)
+    asked = cpp.CommonParams()
+    asked.model.path, asked.n_ctx, asked.n_parallel = str(tmp_path/'model.gguf'), 256, 1
+    asked.cpuparams.n_threads = 1
+    asked.warmup, asked.flash_attn_type = False, cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    asked.cache_type_k = asked.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
+    server = cpp.Server(asked)
+    rng = random.Random(0)
+    prompts = [[1, *(rng.randrange(3, 400) for _ in range(n))] for n in (1, 7, 40)]
+    texts = ['def f(x):\n        return   x\n', '  two  spaces ', '2023', 'naïve 漢字 🦙', 'The class']
+    for prompt in [*prompts, *texts]:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        with torch.no_grad(): ours = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        for i, p in next_by_llama_cpp(server, prompt).items(): assert abs(p - ours[i].item()) < most, prompt
 
 # --- the command line -----------------------------------------------------------------------------
 
@@ -345,7 +378,8 @@ def test_training_begins_with_weights_of_others(trained, run_file, llama_nb, tmp
     for name, w in began.items(): torch.testing.assert_close(w, wanted[name], rtol=2**-8, atol=1e-7)
 
 @pytest.mark.parametrize('args, words', [
-    (('out', '--format', 'gguf'), 'safetensors'), (('out',), 'must end in .safetensors'),
+    (('out', '--format', 'ggml'), 'safetensors'), (('out',), 'must end in .safetensors'),
+    (('out', '--format', 'gguf'), 'must end in .gguf'),
     (('out', '--format', 'meta', '--shards', '3'), 'cannot share'),
     (('out', '--format', 'hf', '--shards', '2'), 'shards are of'),
     (('w.safetensors', '--dtype', 'float8'), 'dtype'), (('there', '--format', 'hf'), 'exists already')])
@@ -363,7 +397,7 @@ def test_a_folder_of_another_network_is_one_line(trained, llama_nb, tmp_path):
         status, _, err = llama_nb(*line)
         assert status == 2 and 'grouped-query attention' in err and err.count('\n') == 1, err
 
-@pytest.mark.parametrize('more', [('hf', '--format', 'hf'),
+@pytest.mark.parametrize('more', [('hf', '--format', 'hf'), ('w.gguf', '--format', 'gguf'),
                                   ('meta', '--format', 'meta', '--dtype', 'float32')])
 def test_a_full_disk_leaves_nothing(trained, llama_nb, tmp_path, more):
     "A limit of the file's size stands for it"

@@ -228,9 +228,9 @@ class Eval:
 class Convert:
     "Write the weights of a run, or released ones, as one file or in another format"
     source:RunName                   # run folder (its newest checkpoint), checkpoint's, or released weights
-    out:NewFile                      # file (safetensors) or folder (hf, meta) to write; must not exist yet
-    format:str=setting('safetensors', words=('safetensors', 'hf', 'meta'))  # safetensors, hf, meta
-    # of the weights: float32, float16, bfloat16; default: as they are, for meta float16
+    out:NewFile                      # file (safetensors, gguf) or folder (hf, meta); must not exist yet
+    format:str=setting('safetensors', words=('safetensors', 'hf', 'meta', 'gguf'))  # also hf, meta, gguf
+    # of the weights: float32, float16, bfloat16; default: as they are, for meta and gguf float16
     dtype:str=setting('', words=('', 'float32', 'float16', 'bfloat16'))
     shards:int=setting(1, max=1024)  # files of the format meta, one for each model-parallel rank
 
@@ -238,11 +238,12 @@ class Convert:
 
     def run(self)->int: # exit code
         source, out = Path(self.source), Path(self.out)
-        if self.format == 'safetensors' and out.suffix != '.safetensors':
-            raise UserError(f'{out} must end in .safetensors; a folder for others is made with --format hf, '
-                            'or --format meta')
+        is_file = self.format in ('safetensors', 'gguf')
+        if is_file and out.suffix != f'.{self.format}':
+            raise UserError(f'{out} must end in .{self.format}; other formats: --format safetensors, hf, '
+                            'meta or gguf')
         if self.shards > 1 and self.format != 'meta': raise UserError('shards are of --format meta')
-        refuse_existing(out, 'file' if self.format == 'safetensors' else 'folder')
+        refuse_existing(out, 'file' if is_file else 'folder')
         from llama_nb.infer.load import export_weights
         path = export_weights(source, out, self.format, self.dtype, self.shards)
         size = sum(p.stat().st_size for p in ([out] if out.is_file() else out.iterdir()))

@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..core import UserError, pick_device
 from ..data.tokenizer import Tokenizer
 from ..files import replacing
+from ..interop.gguf import save_gguf
 from ..interop.hf import load_hf, save_hf
 from ..interop.meta import load_meta, narrowed, save_meta
 from ..model.transformer import LLaMA, empty_model
@@ -123,8 +124,8 @@ def named_or_newest(path,             # folder of a run, or of a checkpoint in i
 # %% ../../nbs/6A_infer.load.ipynb #export-weights
 def export_weights(source:Path,            # folder of a run, of a checkpoint, or of released weights
                    out:Path,               # file or folder to write
-                   form:str='safetensors', # or hf, meta
-                   dtype:str='',           # of the weights; empty: as they are, in Meta's format float16
+                   form:str='safetensors', # or hf, meta, gguf
+                   dtype:str='',           # of the weights; empty: as they are, for meta and gguf float16
                    shards:int=1,           # files in Meta's format
                   )->Path:                 # what was read
     "Write the weights of `source` in another format, whole or not at all. Raises `UserError`"
@@ -139,11 +140,13 @@ def export_weights(source:Path,            # folder of a run, of a checkpoint, o
         with disk(out.parent), replacing(out) as tmp: save_tensors(state, tmp)
     else:
         model, tokenizer = open_released(path, torch.device('cpu')) if read else open_run(path, 'cpu')
-        with disk(out.parent): _save_folder(model, tokenizer, out, form, kind, shards)
+        with disk(out.parent): _save(model, tokenizer, out, form, kind, shards)
     return path
 
-def _save_folder(model:LLaMA, tokenizer:Tokenizer, out:Path, form:str, dtype:torch.dtype|None, shards:int):
+def _save(model:LLaMA, tokenizer:Tokenizer, out:Path, form:str, dtype:torch.dtype|None, shards:int):
     if form == 'hf':
         save_hf(model, out, tokenizer, dtype)
+    elif form == 'gguf':
+        save_gguf(model, out, tokenizer, dtype or torch.float16)
     else:
         save_meta(model, out, shards, tokenizer, dtype or torch.float16)
