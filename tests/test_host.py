@@ -107,6 +107,28 @@ def test_every_call_is_answered_as_before():
     errors, calls = map(int, run_program(CALLS).split())
     assert errors >= 12 and calls - errors >= 15                   # the table asks for both
 
+FAULTS = '''
+    import resource, statistics, torch
+    from llama_nb.config import PRESETS
+    from llama_nb.model.transformer import LLaMA
+    from llama_nb.train.host import keep_freed_memory
+    from llama_nb.train.loss import next_token_loss
+    torch.set_num_threads(1)
+    toy, tokens = LLaMA(PRESETS['toy']), torch.randint(2048, (4, 257))
+    def faults():
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        next_token_loss(toy(tokens[:, :-1]), tokens[:, 1:]).backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+    def per_step(): return statistics.median([faults() for _ in range(6)][1:])
+    print(per_step(), keep_freed_memory(), per_step())
+'''
+
+def test_a_step_takes_no_new_memory():
+    "Page faults of a step in a process of its own: thousands before, hardly any after (glibc only)"
+    before, kept, after = run_program(FAULTS).split()
+    if kept == 'False': pytest.skip('not glibc')
+    assert float(before) > 1000 and float(after) <= float(before)/4
+
 def test_a_trainer_leaves_its_process_alone(run_file, monkeypatch):
     from llama_nb.run_file import load_run
     from llama_nb.train.trainer import fit, start_run
