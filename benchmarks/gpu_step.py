@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from llama_nb.config import ModelConfig
 from llama_nb.core import UserError
+from llama_nb.interop.hf import hf_name
 from llama_nb.model.backends import pick_backend
 from llama_nb.model.transformer import LLaMA
 from llama_nb.scale.flops import device_peak, hfu, linear_shapes, measure_matmul_peak, mfu
@@ -39,20 +40,6 @@ class Contestant:
         return ', '.join(w for w in [*words, f'{self.micro} at a time'] if w)
 
 # --- two codes, one set of parameters -------------------------------------------------------------
-
-THEIRS = {'attention.wq': 'self_attn.q_proj', 'attention.wk': 'self_attn.k_proj',
-          'attention.wv': 'self_attn.v_proj', 'attention.wo': 'self_attn.o_proj',
-          'feed_forward.w1': 'mlp.gate_proj', 'feed_forward.w3': 'mlp.up_proj',
-          'feed_forward.w2': 'mlp.down_proj',
-          'attention_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
-
-def their_name(name:str)->str: # 'layers.3.attention.wq.weight' -> 'model.layers.3.self_attn.q_proj.weight'
-    "What transformers calls a parameter of ours"
-    if name.startswith('layers.'):
-        _, i, rest = name.split('.', 2)
-        return f'model.layers.{i}.{THEIRS[rest.removesuffix(".weight")]}.weight'
-    return {'tok_embeddings.weight': 'model.embed_tokens.weight', 'norm.weight': 'model.norm.weight',
-            'output.weight': 'lm_head.weight'}[name]
 
 def adopt(model:nn.Module, parameters:dict[str,nn.Parameter]):
     "Put `parameters` in the place of those that `model` has; all of them, and of the same shapes"
@@ -84,7 +71,7 @@ def theirs(base:LLaMA, who:Contestant, dtype):
                          attn_implementation=who.attention)
     with torch.device('meta'): model = LlamaForCausalLM(config)
     with where: model.model.rotary_emb = LlamaRotaryEmbedding(config)
-    adopt(model, {their_name(n): p for n, p in base.named_parameters()})
+    adopt(model, {hf_name(n): p for n, p in base.named_parameters()})
     assert all(t.device == where for t in (*model.parameters(), *model.buffers()))
     model.train()
     if who.recompute == 'full': model.gradient_checkpointing_enable({'use_reentrant': False})

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'bytes_digest', 'file_digest', 'fsync_file', 'fsync_folder', 'make_folder', 'replacing', 'write_atomic',
-           'publish_folder', 'remove', 'publishing', 'held']
+           'refuse_existing', 'publish_folder', 'remove', 'publishing', 'held']
 
 # %% ../nbs/91_files.ipynb #imports
 import errno, hashlib, os, secrets, shutil
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from .core import UserError
 from .untrusted import open_regular
 
 # %% ../nbs/91_files.ipynb #digests
@@ -68,6 +69,13 @@ def write_atomic(path,            # where the file shall stand; its folder is ma
     "Write `data` so that a crash at any instant leaves the old file or the new one. Raises `OSError`"
     content = data.encode() if isinstance(data, str) else data
     with replacing(path) as tmp, open(tmp, 'xb') as f: f.write(content)
+
+# %% ../nbs/91_files.ipynb #refuse
+def refuse_existing(path,    # that would be written
+                    kind:str # file or folder
+                   ):
+    "Raise `UserError` if there is something at `path`"
+    if Path(path).exists(): raise UserError(f'{path} exists already; remove it or choose another {kind}')
 
 # %% ../nbs/91_files.ipynb #publish-folder
 def publish_folder(tmp,   # a complete folder under a temporary name

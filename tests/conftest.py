@@ -185,6 +185,16 @@ def tokens(tmp_path_factory):
     write_shards(held_out, tokenizer, folder/'held_out')
     return folder
 
+@pytest.fixture(scope='session')
+def trained(tokens, llama_nb, tmp_path_factory):
+    "A finished run of 8 steps with checkpoints at 4 and 8, to look at or to copy"
+    folder = tmp_path_factory.mktemp('trained')
+    text = RUN.format(out=f'{folder.as_posix()}/run', tokens=tokens.as_posix(), steps=8, save_every=4)
+    (folder/'run.toml').write_text(text)
+    status, _, err = llama_nb('train', folder/'run.toml')
+    assert status == 0, err
+    return folder/'run'
+
 @pytest.fixture
 def run_file(tmp_path, tokens):
     "Write a run file with the given number of steps; its path"

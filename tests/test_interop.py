@@ -330,16 +330,6 @@ def test_llama_cpp_has_our_probabilities(tokens, tmp_path, dtype, most):
 
 # --- the command line -----------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
-def trained(tokens, llama_nb, tmp_path_factory):
-    from conftest import RUN
-    folder = tmp_path_factory.mktemp('interop')
-    places = {'out': (folder/'run').as_posix(), 'tokens': tokens.as_posix()}
-    (folder/'run.toml').write_text(RUN.format(**places, steps=6, save_every=6))
-    status, _, err = llama_nb('train', folder/'run.toml')
-    assert status == 0, err
-    return folder/'run'
-
 def test_from_a_run_to_both_forms_and_back(trained, llama_nb, tmp_path):
     "The same text from each; the last file is the first one, byte for byte"
     chain = [(trained, 'a.safetensors', ()), (trained, 'hf', ('--format', 'hf')),

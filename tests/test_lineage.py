@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from llama_nb.cli import main
 from llama_nb.files import file_digest
 from llama_nb.run_file import load_run
-from conftest import RUN, metrics, numbers, variant
+from conftest import metrics, numbers, variant
 
 WSD = ('--optim.schedule', 'wsd', '--optim.decay_fraction', .25)
 
@@ -29,15 +29,6 @@ def refused(result, *words):
     assert status == 2 and len(said) == 1 and 'Traceback' not in err, err
     for word in words: assert word in said[0], said[0]
     return said[0]
-
-@pytest.fixture(scope='session')
-def trained(tokens, llama_nb, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('trained')
-    text = RUN.format(out=f'{folder.as_posix()}/run', tokens=tokens.as_posix(), steps=8, save_every=4)
-    (folder/'run.toml').write_text(text)
-    status, _, err = llama_nb('train', folder/'run.toml')
-    assert status == 0, err
-    return folder/'run'
 
 @pytest.fixture
 def parent(trained, run_file, tmp_path):

@@ -9,9 +9,10 @@ __all__ = ['PROMPT_BYTES', 'Toy', 'Init', 'train', 'read_prompts', 'hint_at_spac
 import json, sys
 from dataclasses import dataclass
 from pathlib import Path
-from .data import FileName, NewFile, RunName, Switch, TokensName, refuse_existing
+from .data import FileName, NewFile, RunName, Switch, TokensName
 from ..config import check_fields, setting
 from ..core import UserError, pick_device
+from ..files import refuse_existing
 from ..flags import take_flag
 from ..run_file import load_run, named_step
 from ..settings import degrees

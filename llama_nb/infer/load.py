@@ -135,8 +135,9 @@ def export_weights(source:Path,            # folder of a run, of a checkpoint, o
     if form == 'safetensors' and not (read or dtype):
         consolidate(path, out)
     elif form == 'safetensors':
-        model = read(source, None) if read else open_run(path, 'cpu')[0]    # no tokenizer is needed for this
-        state = {name: narrowed(name, w, kind or w.dtype) for name, w in model.state_dict().items()}
+        model = read(source, kind) if read else open_run(path, 'cpu')[0]    # no tokenizer is needed for this
+        state = model.state_dict()
+        if not read: state = {name: narrowed(name, w, kind) for name, w in state.items()}
         with disk(out.parent), replacing(out) as tmp: save_tensors(state, tmp)
     else:
         model, tokenizer = open_released(path, torch.device('cpu')) if read else open_run(path, 'cpu')

@@ -14,23 +14,21 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..core import UserError
 from ..data.documents import extra_module
-from ..files import replacing
-from .hf import check_like_llama
-from .meta import narrowed
+from ..files import refuse_existing, replacing
+from .hf import like_llama
+from .meta import narrowed, tokenizer_file
 from ..model.transformer import LLaMA
 
 # %% ../../nbs/6H_interop.gguf.ipynb #names
-_NAMES = {'tok_embeddings': 'token_embd', 'norm': 'output_norm', 'output': 'output',
-          'attention.wq': 'attn_q', 'attention.wk': 'attn_k', 'attention.wv': 'attn_v',
-          'attention.wo': 'attn_output', 'attention_norm': 'attn_norm', 'ffn_norm': 'ffn_norm',
-          'feed_forward.w1': 'ffn_gate', 'feed_forward.w2': 'ffn_down', 'feed_forward.w3': 'ffn_up'}
+_NAMES = {'tok_embeddings': 'token_embd', 'norm': 'output_norm', 'layers': 'blk',
+          'attention_norm': 'attn_norm', 'wq': 'attn_q', 'wk': 'attn_k', 'wv': 'attn_v', 'wo': 'attn_output',
+          'w1': 'ffn_gate', 'w2': 'ffn_down', 'w3': 'ffn_up'}
+_GONE = {'attention', 'feed_forward'}       # parts that GGUF's names do not have
 
 def gguf_name(name:str # as `layers.0.attention.wq.weight`
              )->str:   # `blk.0.attn_q.weight`
     "The name of a parameter in GGUF"
-    words = name.removesuffix('.weight').split('.')
-    if words[0] != 'layers': return f'{_NAMES[words[0]]}.weight'
-    return f'blk.{words[1]}.{_NAMES[".".join(words[2:])]}.weight'
+    return '.'.join(_NAMES.get(word, word) for word in name.split('.') if word not in _GONE)
 
 # %% ../../nbs/6H_interop.gguf.ipynb #facts
 def _add_sizes(writer, c:ModelConfig): # writer: gguf.GGUFWriter
@@ -78,7 +76,7 @@ def save_gguf(model:LLaMA,
     """Write a model and its tokenizer for llama.cpp. Raises `UserError` for a file that is there, a tokenizer
     that is not like LLaMA's, and weights that the type cannot hold; `OSError`"""
     library = extra_module('gguf', 'a GGUF file needs', 'gguf')
-    if Path(file).exists(): raise UserError(f'{file} exists already; choose another file')
+    refuse_existing(file, 'file')
     sp, kind = _sentencepiece(tokenizer), library.GGMLQuantizationType[_KINDS[dtype]]
     named = [(name, w, dtype if w.ndim > 1 else torch.float32) for name, w in model.state_dict().items()]
     with replacing(file) as tmp:
@@ -90,15 +88,14 @@ def save_gguf(model:LLaMA,
         for name, w, its in named:
             raw = kind if its == dtype else library.GGMLQuantizationType.F32
             size = w.numel()*its.itemsize
-            writer.add_tensor_info(gguf_name(name), w.shape, np.dtype(np.float16), size, raw)
+            any_type = np.dtype(np.float16)             # `raw` is the one that counts
+            writer.add_tensor_info(gguf_name(name), w.shape, any_type, size, raw)
         _write(writer, named)
 
 def _sentencepiece(tokenizer)->sentencepiece.SentencePieceProcessor:
-    data = Path(tokenizer.path).read_bytes()
-    if data.lstrip()[:1] == b'{':
-        raise UserError(f'{tokenizer.path} is a tokenizer.json; a GGUF file takes a SentencePiece model here')
-    check_like_llama(tokenizer.path, data)
-    return sentencepiece.SentencePieceProcessor(model_proto=data)
+    name, data = tokenizer_file(tokenizer)
+    if name == 'tokenizer.model': return like_llama(tokenizer.path, data)
+    raise UserError(f'{tokenizer.path} is a tokenizer.json; a GGUF file takes a SentencePiece model here')
 
 # %% ../../nbs/6H_interop.gguf.ipynb #write
 def _write(writer, named:list[tuple[str, Tensor, torch.dtype]]):

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from ..config import PRESETS, ModelConfig, check_fields, setting
 from ..core import UserError, choose
-from ..files import replacing, write_atomic
+from ..files import refuse_existing, replacing, write_atomic
 from ..flags import parse_flags
 from ..run_file import dump_run, load_run, read_toml
 from .cluster import GPUS, Cluster, step_time
@@ -362,8 +362,7 @@ def answer(o,                            # the options of `llama-nb plan`
            read_text:Callable|None=None, # as for `load_run`, of a text that is here
           )->int: # exit code: 0 if it fits, 1 if not
     "Print a plan, and write what else was asked for. Raises `UserError`"
-    for path in filter(None, (o.figure, o.suggest)):
-        if Path(path).exists(): raise UserError(f'{path} exists already; remove it or choose another file')
+    for path in filter(None, (o.figure, o.suggest)): refuse_existing(path, 'file')
     run, missing = _asked_run(o, read_text)
     cluster = _asked_cluster(o, run)
     best = fastest(run, cluster)

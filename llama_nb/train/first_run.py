@@ -15,7 +15,7 @@ import tomli_w, torch
 from ..config import PRESETS
 from ..core import UserError, choose, pick_device, pick_dtype, synchronizer
 from ..data.mixture import open_tokens
-from ..files import write_atomic
+from ..files import refuse_existing, write_atomic
 from ..run_file import batch_for
 from ..scale.flops import flops_per_token, linear_shapes, measure_matmul_peak
 from ..scale.layout import USABLE
@@ -356,7 +356,7 @@ def answer(o # the options of `llama-nb init`
           )->int: # exit code
     "Write a run file for a text, and say what it holds. Raises `UserError`"
     path = Path(o.run_path)
-    if path.exists(): raise UserError(f'{path} exists already; remove it or choose another file')
+    refuse_existing(path, 'file')
     if path.suffix != '.toml': raise UserError(f'{path} must end in .toml')
     out = o.out or f'runs/{path.stem}'
     if Path(out).exists(): raise UserError(f'{out} exists already; choose another run folder with --out')
